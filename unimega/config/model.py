@@ -1,0 +1,56 @@
+"""The complete description of a model that builders, converters and checkpoints work from."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from unimega.config.layer import LayerSpec
+from unimega.config.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A stack of ``LayerSpec`` with its sizes; knows nothing of presets, files or ranks."""
+
+    vocabulary: Vocabulary
+    layers: tuple[LayerSpec, ...]
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    qk_norm: bool
+    qkv_bias: bool
+    output_bias: bool
+    norm_eps: float
+    rope_theta: float
+    tied: bool
+    skip: tuple[int, int] | None = None
+    """(i, j): the state of all but text after layer i is added before layer j."""
+    cross_document: bool = False
+    init_embedding: float = 0.02
+    init_linear: float = 0.02
+    init_head: float = 0.02
+    init_vision: Literal["random", "text"] = "random"
+    """``text``: split weights of the other modalities start equal to text's."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities; the first is text."""
+        return self.vocabulary.names
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``from_dict`` gives an equal spec back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "ModelSpec":
+        """Inverse of ``to_dict``, also after a trip through JSON (lists for tuples)."""
+        vocabulary = {key: _frozen(value) for key, value in values["vocabulary"].items()}
+        layers = tuple(
+            LayerSpec(**{key: _frozen(value) for key, value in layer.items()}) for layer in values["layers"]
+        )
+        rest = {key: _frozen(value) for key, value in values.items() if key not in ("vocabulary", "layers")}
+        return ModelSpec(vocabulary=Vocabulary(**vocabulary), layers=layers, **rest)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
