@@ -1,0 +1,1 @@
+"""Hugging Face folders: parameter tables, reading, conversion."""

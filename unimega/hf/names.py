@@ -1,0 +1,294 @@
+"""Which tensor of a Hugging Face folder is which key of a checkpoint, as data that is read in both directions.
+
+A ``Row`` is one checkpoint key and the tensors it is made of: one, copied as it is, or q, k and v, whose rows a
+checkpoint groups per KV head (``[q.., k, v] x head_width``). The same table takes weights in, and weights or gradients out.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from unimega.config.layer import LayerSpec
+from unimega.config.model import ModelSpec
+from unimega.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+_TWO_MODALITIES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a family of folders spells the copies of a weight that belong to vision."""
+
+    family: Literal["qwen", "x", "moe", "mot"]
+    """``qwen``: dense, no copies. The others are the original Uni-X: whole twin layers, ``vis_`` FFNs, ``vis_`` attention."""
+    encode: int = 0
+    """``x``: layers below this index have their twins in ``vision_encode_layers``, later ones in ``vision_decode_layers``."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, for the checkpoint."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One checkpoint key and the tensors that it is made of."""
+
+    key: str
+    names: tuple[str, ...]
+    """One tensor, or q, k and v."""
+    shapes: tuple[Shape, ...]
+    kv_heads: int = 0
+    """0: a copy. Else the number of groups ``[q.., k, v]`` that q, k and v are cut into, row-wise."""
+    used: bool = True
+    """False: the original carries the tensor and never uses it, so it has no gradient."""
+
+    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """The tensors of the folder, in the order of ``names``, as the one of the checkpoint."""
+        if not self.kv_heads:
+            return tensors[0]
+        grouped = [tensor.unflatten(0, (self.kv_heads, -1)) for tensor in tensors]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Inverse of ``join``."""
+        if not self.kv_heads:
+            return [tensor]
+        sizes = [shape[0] // self.kv_heads for shape in self.shapes]
+        grouped = tensor.unflatten(0, (self.kv_heads, -1))
+        return [part.flatten(0, 1).contiguous() for part in grouped.split(sizes, dim=1)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Every tensor of a folder and every key of a checkpoint of one model."""
+
+    rows: tuple[Row, ...]
+    tied: bool
+
+    def to_engine(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All tensors of a folder as checkpoint keys.
+
+        Raises:
+            CheckpointError: a tensor is missing, of another shape, not of this model, or a head at odds with the tie.
+        """
+        self.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        for name in self.dropped(tensors):
+            if not torch.equal(tensors[name], tensors["model.embed_tokens.weight"]):
+                raise CheckpointError(
+                    f"tensor {name!r} differs from 'model.embed_tokens.weight', but config.json has "
+                    "tie_word_embeddings=true. One of the two is wrong: set tie_word_embeddings to false to keep both, "
+                    "or delete the tensor."
+                )
+        return {row.key: row.join([tensors[name] for name in row.names]) for row in self.rows}
+
+    def to_hf(self, tensors: Mapping[str, torch.Tensor], *, gradients: bool = False) -> dict[str, torch.Tensor]:
+        """Checkpoint keys as tensors under the names of the folder.
+
+        Args:
+            tensors: whole tensors by checkpoint key.
+            gradients: they are gradients: what the original never uses has none, here neither.
+
+        Raises:
+            CheckpointError: a key is missing, of another shape, or not of this model.
+        """
+        rows = [row for row in self.rows if row.used or not gradients]
+        missing = [row.key for row in rows if row.key not in tensors]
+        if missing:
+            raise CheckpointError(f"key {missing[0]!r}{_more(missing)} is missing: this is not a checkpoint of this model.")
+        unused = sorted(set(tensors) - {row.key for row in rows})
+        if unused:
+            raise CheckpointError(
+                f"key {unused[0]!r}{_more(unused)} has no name in this layout: "
+                "the checkpoint is of another model than its description."
+            )
+        out = {}
+        for row in rows:
+            tensor = tensors[row.key]
+            want = (sum(shape[0] for shape in row.shapes), *row.shapes[0][1:])
+            if tuple(tensor.shape) != want:
+                raise CheckpointError(f"key {row.key!r} has shape {list(tensor.shape)}, the model wants {list(want)}.")
+            out.update(zip(row.names, row.split(tensor), strict=True))
+        return out
+
+    def check(self, shapes: Mapping[str, Shape]) -> None:
+        """Compare the names and shapes of a folder with the table; ``to_engine`` on headers alone.
+
+        Raises:
+            CheckpointError: the first tensor that is missing, not used, or of another shape.
+        """
+        want = {name: shape for row in self.rows for name, shape in zip(row.names, row.shapes, strict=True)}
+        missing = [name for name in want if name not in shapes]
+        if missing:
+            raise CheckpointError(
+                f"tensor {missing[0]!r}{_more(missing)} is missing. config.json describes a model that has it: "
+                "the folder is incomplete or its config.json is of another model."
+            )
+        unused = sorted(set(shapes) - set(want) - set(self.dropped(shapes)))
+        if unused:
+            raise CheckpointError(
+                f"tensor {unused[0]!r}{_more(unused)} would not be used. config.json describes a model without it: "
+                "check 'architectures' and the sizes there."
+            )
+        for name, shape in want.items():
+            if tuple(shapes[name]) != shape:
+                raise CheckpointError(
+                    f"tensor {name!r} has shape {list(shapes[name])}, but config.json makes it {list(shape)}. "
+                    "Correct the sizes in config.json or take the weights that belong to it."
+                )
+
+    def dropped(self, names: Mapping[str, Any]) -> tuple[str, ...]:
+        """Tensors of the folder that the checkpoint does not need: the head of a tied model."""
+        return ("lm_head.weight",) if self.tied and "lm_head.weight" in names else ()
+
+
+def table(spec: ModelSpec, layout: Layout) -> Table:
+    """The names of a model in a layout.
+
+    Raises:
+        CheckpointError: the layout has no spelling for one of the model's layers.
+    """
+    want = 1 if layout.family == "qwen" else _TWO_MODALITIES
+    if len(spec.modalities) != want:
+        raise CheckpointError(
+            f"layout {layout.family!r} has names for {want} modalities, the model has {len(spec.modalities)}: "
+            f"{', '.join(spec.modalities)}."
+        )
+    rows = [_copy("embedding.weight", "model.embed_tokens.weight", (spec.vocabulary.rows, spec.width))]
+    twins = _twins(spec, layout)
+    for index, layer in enumerate(spec.layers):
+        rows += _layer_rows(spec, _Names(layout, index, spec.modalities, twins.get(index, "")), layer)
+    rows.append(_copy("final_norm.weight", "model.norm.weight", (spec.width,)))
+    if not spec.tied:
+        rows.append(_copy("head.weight", "lm_head.weight", (spec.vocabulary.rows, spec.width)))
+    return Table(tuple(rows), spec.tied)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The spelling of one layer's tensors."""
+
+    layout: Layout
+    index: int
+    modalities: tuple[str, ...]
+    twin: str
+    """The layer that holds all copies, such as ``vision_encode_layers.0``; empty: copies differ by a prefix."""
+
+    def copies(self, split: bool) -> Iterator[tuple[str, int]]:
+        """(suffix of the checkpoint key, modality) of each copy of a weight."""
+        return iter([(f"_{name}", number) for number, name in enumerate(self.modalities)] if split else [("", 0)])
+
+    def name(self, part: str, leaf: str, modality: int = 0, *, prefix: str = "") -> str:
+        """Such as ``model.layers.3.mlp.vis_gate_proj``: part ``mlp``, leaf ``gate_proj``, modality 1, layout ``moe``."""
+        base = f"model.layers.{self.index}"
+        if modality and self.twin:
+            base = f"model.{self.twin}"
+        elif modality:
+            prefix = "vision_" if part == "mlp" and self.layout.family != "moe" else "vis_"
+        return f"{base}.{part}.{prefix}{leaf}" if part else f"{base}.{leaf}"
+
+
+def _twins(spec: ModelSpec, layout: Layout) -> dict[int, str]:
+    """The twin of each wholly split layer: the first ``encode`` layers and the last ones, none between."""
+    split = [index for index, layer in enumerate(spec.layers) if layer.norms == "split"]
+    encode, layers = layout.encode, len(spec.layers)
+    decode = len(split) - encode
+    if split != [*range(encode), *range(layers - decode, layers)]:
+        raise CheckpointError(
+            f"layers {split} of {layers} are split as a whole. Layout {layout.family!r} with encode={encode} "
+            "has names only for such layers at the bottom and at the top."
+        )
+    names = [f"vision_encode_layers.{i}" for i in range(encode)] + [f"vision_decode_layers.{i}" for i in range(decode)]
+    return dict(zip(split, names, strict=True))
+
+
+def _layer_rows(spec: ModelSpec, names: _Names, layer: LayerSpec) -> list[Row]:
+    """All rows of one layer."""
+    _check_spelling(names, layer)
+    key, width = f"layers.{names.index}", spec.width
+    rows = []
+    for suffix, m in names.copies(layer.norms == "split"):
+        rows.append(_copy(f"{key}.attention_norm.weight{suffix}", names.name("", "input_layernorm.weight", m), (width,)))
+        rows.append(
+            _copy(f"{key}.ffn_norm.weight{suffix}", names.name("", "post_attention_layernorm.weight", m), (width,))
+        )
+    for suffix, m in names.copies(layer.attention == "split"):
+        rows += _qkv_rows(spec, names, f"{key}.attention", suffix, m)
+    for suffix, m in names.copies(layer.output_projection == "split"):
+        rows += _output_rows(spec, names, f"{key}.attention", suffix, m)
+    if layer.unused_output:
+        for suffix, m in list(names.copies(True))[1:]:
+            rows += _output_rows(spec, names, f"{key}.attention", suffix, m, used=False)
+    for (suffix, m), ffn in zip(names.copies(True), layer.ffn, strict=False):
+        rows += _ffn_rows(names, f"{key}.ffn", suffix, m, shape=(ffn, width))
+    if layer.ffn:
+        rows += _ffn_rows(names, f"{key}.ffn.shared", "", 0, shape=(layer.shared_ffn, width), prefix="share_")
+    else:
+        rows += _ffn_rows(names, f"{key}.ffn", "", 0, shape=(layer.shared_ffn, width))
+    return rows
+
+
+def _check_spelling(names: _Names, layer: LayerSpec) -> None:
+    """Refuse a layer whose copies the layout cannot tell apart."""
+    family = names.layout.family
+    parts = {"attention": layer.attention, "output_projection": layer.output_projection, "norms": layer.norms}
+    split = {part for part, sharing in parts.items() if sharing == "split"} | ({"ffn"} if layer.ffn else set())
+    possible = {
+        "qwen": [set()],
+        "x": [set(), {"ffn"}, {*parts, "ffn"}],
+        "moe": [set(), {"ffn"}],
+        "mot": [{"attention", "ffn"}, {"attention", "output_projection", "ffn"}],
+    }[family]
+    shared_beside = layer.shared_ffn and layer.ffn
+    if split not in possible or (shared_beside and (family != "x" or names.twin)):
+        raise CheckpointError(
+            f"layers.{names.index} has no names in layout {family!r}: it is split in "
+            f"{', '.join(sorted(split)) or 'nothing'}{' beside a shared FFN' if shared_beside else ''}. "
+            "Another layout may have them."
+        )
+
+
+def _qkv_rows(spec: ModelSpec, names: _Names, key: str, suffix: str, modality: int) -> list[Row]:
+    heads = (spec.heads, spec.kv_heads, spec.kv_heads)
+    rows = []
+    for what in ("weight", "bias") if spec.qkv_bias else ("weight",):
+        shapes = tuple((n * spec.head_width, spec.width) if what == "weight" else (n * spec.head_width,) for n in heads)
+        leaves = tuple(names.name("self_attn", f"{leaf}_proj.{what}", modality) for leaf in "qkv")
+        rows.append(Row(key=f"{key}.qkv.{what}{suffix}", names=leaves, shapes=shapes, kv_heads=spec.kv_heads))
+    for leaf in "qk" if spec.qk_norm else "":
+        name = names.name("self_attn", f"{leaf}_norm.weight", modality)
+        rows.append(_copy(f"{key}.{leaf}_layernorm.weight{suffix}", name, (spec.head_width,)))
+    return rows
+
+
+def _output_rows(
+    spec: ModelSpec, names: _Names, key: str, suffix: str, modality: int, *, used: bool = True
+) -> list[Row]:
+    shape = (spec.width, spec.heads * spec.head_width)
+    name = names.name("self_attn", "o_proj", modality)
+    rows = [_copy(f"{key}.output.weight{suffix}", f"{name}.weight", shape, used=used)]
+    if spec.output_bias:
+        rows.append(_copy(f"{key}.output.bias{suffix}", f"{name}.bias", (spec.width,), used=used))
+    return rows
+
+
+def _ffn_rows(names: _Names, key: str, suffix: str, modality: int, *, shape: Shape, prefix: str = "") -> list[Row]:
+    """gate, up and down; none of them exists at width 0."""
+    if not shape[0]:
+        return []
+    shapes = {"gate": shape, "up": shape, "down": shape[::-1]}
+    return [
+        _copy(f"{key}.{leaf}.weight{suffix}", names.name("mlp", f"{leaf}_proj.weight", modality, prefix=prefix), of)
+        for leaf, of in shapes.items()
+    ]
+
+
+def _copy(key: str, name: str, shape: Shape, *, used: bool = True) -> Row:
+    return Row(key=key, names=(name,), shapes=(shape,), used=used)
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
