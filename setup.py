@@ -1,0 +1,32 @@
+"""Build the optional C++ helper; everything else is in pyproject.toml.
+
+Nothing here imports torch, and nothing here can fail an installation: without a compiler or without pybind11
+the package falls back to its Python twins.
+"""
+
+import sys
+
+from setuptools import Extension, setup
+
+
+def extensions() -> list[Extension]:
+    """``unimega._data_index``, or nothing where pybind11 is missing; ``optional`` turns a failed build into a warning."""
+    try:
+        import pybind11
+    except ImportError:
+        print("unimega: pybind11 is not installed, csrc/data_index.cpp is left out", file=sys.stderr)
+        return []
+    flags = ["/std:c++17", "/O2"] if sys.platform == "win32" else ["-std=c++17", "-O3", "-fvisibility=hidden"]
+    return [
+        Extension(
+            "unimega._data_index",
+            sources=["csrc/data_index.cpp"],
+            include_dirs=[pybind11.get_include()],
+            extra_compile_args=flags,
+            language="c++",
+            optional=True,
+        )
+    ]
+
+
+setup(ext_modules=extensions())
