@@ -100,6 +100,8 @@ class Microbatch:
     """float32 [T]: weight of each token's cross-entropy in the loss of the step; 0 for pads and last tokens."""
     loss_rows: Array
     """int32 [n]: the rows whose weight is not 0, ascending: the head computes only these."""
+    loss_counts: tuple[int, ...]
+    """How many of ``loss_rows`` lie in each modality's slice, M host ints."""
 
 
 def make_microbatch(
@@ -161,6 +163,7 @@ def make_microbatch(
     to_documents = inverse[by_document]
     own_group = group[permutation] + key[permutation] * (int(group.max(initial=0)) + 1)
     weights = loss_weights[permutation].astype(np.float32)
+    rows = np.flatnonzero(weights)
     order = TokenOrder(
         permutation=permutation,
         inverse=inverse,
@@ -180,7 +183,8 @@ def make_microbatch(
         tokens=tokens[permutation].astype(np.int32),
         labels=labels[permutation].astype(np.int32),
         loss_weights=weights,
-        loss_rows=np.flatnonzero(weights).astype(np.int32),
+        loss_rows=rows.astype(np.int32),
+        loss_counts=tuple(np.diff(np.searchsorted(rows, edges)).tolist()),
     )
 
 

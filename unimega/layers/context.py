@@ -1,0 +1,37 @@
+"""What every layer of a model is built with and called with."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from unimega.batch import TokenOrder
+from unimega.config.model import ModelSpec
+from unimega.parallel.linear import Layout
+
+
+@dataclass(frozen=True)
+class Build:
+    """The same for all layers of a model: sizes, ranks, and which implementation of each op to take."""
+
+    spec: ModelSpec
+    layout: Layout
+    device: torch.device
+    kernels: dict[str, str] = field(default_factory=dict)
+    """op -> implementation; absent: auto."""
+    selective_recompute: bool = False
+    """Keep the outputs of the linears only: attention and SwiGLU run again in backward."""
+
+    def kernel(self, op: str) -> str:
+        """The implementation asked for."""
+        return self.kernels.get(op, "auto")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The same for all layers of one forward: the order of the tokens and the angles of their positions."""
+
+    order: TokenOrder
+    """Arrays on the device."""
+    cos: torch.Tensor
+    """[T, N/2] fp32 in modality order."""
+    sin: torch.Tensor

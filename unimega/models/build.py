@@ -1,0 +1,58 @@
+"""The one place that turns ``LayerSpec``s into modules."""
+
+import torch
+
+from unimega.layers.attention import Attention
+from unimega.layers.block import Block
+from unimega.layers.context import Build
+from unimega.layers.ffn import FFN
+from unimega.layers.norm import Norm
+from unimega.models.stage import Stage
+from unimega.parallel.groups import Groups
+
+
+def build_block(build: Build, index: int) -> Block:
+    """Layer ``index`` of the model, uninitialised, on the host."""
+    layer = build.spec.layers[index]
+    split = layer.norms == "split"
+    return Block(
+        index,
+        attention_norm=Norm(build, split=split),
+        attention=Attention(build, layer),
+        ffn_norm=Norm(build, split=split),
+        ffn=FFN(build, layer),
+    )
+
+
+def build_stages(
+    build: Build,
+    *,
+    config: object,
+    groups: Groups,
+    layers_per_stage: tuple[int, ...],
+    recompute_blocks: bool,
+    dtype: torch.dtype,
+) -> list[Stage]:
+    """The virtual stages of this rank, initialised by nobody yet.
+
+    Args:
+        config: megatron-core's.
+        layers_per_stage: layers of every virtual stage of the pipeline, bottom up; virtual stage k is on pp rank k % pp.
+        dtype: of the parameters.
+    """
+    pp, rank = groups.pp.size(), groups.pp.rank()
+    stages = []
+    for virtual, number in enumerate(range(rank, len(layers_per_stage), pp)):
+        first = sum(layers_per_stage[:number])
+        stages.append(
+            Stage(
+                build,
+                config,
+                blocks=[build_block(build, i) for i in range(first, first + layers_per_stage[number])],
+                is_first=number == 0,
+                is_last=number == len(layers_per_stage) - 1,
+                virtual=virtual if len(layers_per_stage) > pp else None,
+                recompute_blocks=recompute_blocks,
+            ).to(dtype=dtype)
+        )
+    return stages

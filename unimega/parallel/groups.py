@@ -1,0 +1,52 @@
+"""Process groups as one value that is handed down; nothing of ours reads a global."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from unimega.config.schema import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The axes of the mesh [pp, dp, cp, tp] (tp fastest) as seen from this rank."""
+
+    tp: dist.ProcessGroup
+    """Ranks that share one layer's weights."""
+    pp: dist.ProcessGroup
+    """Ranks that hold the stages of one copy of the model."""
+    dp: dist.ProcessGroup
+    """Ranks that hold the same weights and see different packs (cp is 1 until it is built)."""
+    collection: ProcessGroupCollection
+    """The same and more in megatron-core's form, for its own calls."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank's pipeline ends here, where losses and logits are."""
+        return self.pp.rank() == self.pp.size() - 1
+
+
+def initialize(parallel: ParallelConfig, *, seed: int = 1) -> Groups:
+    """Cut the world into groups. Collective over the world; needs an initialised default process group.
+
+    megatron-core's own globals are set as well: some of its functions have no group argument (specs/mcore.md 2.1).
+    """
+    parallel_state.initialize_model_parallel(
+        parallel.tp,
+        parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return Groups(tp=collection.tp, pp=collection.pp, dp=collection.dp_cp, collection=collection)
+
+
+def destroy() -> None:
+    """Forget the groups, so that another mesh can be made in the same world."""
+    parallel_state.destroy_model_parallel()

@@ -1,0 +1,277 @@
+"""Linears with one weight for all tokens or one per modality, cut over tp: one collective, whatever the number of weights.
+
+Letters as in docs/architecture.md: T tokens, t tokens here, D width in, O width out (o here). Tokens are in modality order, so
+the rows of a modality are one slice and a split linear is M plain GEMMs. Sequence parallelism shards that same order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from unimega.kernels.registry import resolve
+from unimega.parallel.parameter import parameter
+
+
+@dataclass(frozen=True)
+class Product:
+    """GEMMs of equal width on neighbouring spans of rows: they fill one buffer."""
+
+    spans: tuple[tuple[int, int], ...]
+    """Rows of each GEMM, host ints; each starts where the one before stops."""
+    weights: tuple[torch.Tensor, ...]
+    biases: tuple[torch.Tensor | None, ...]
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First and one past the last row."""
+        return self.spans[0][0], self.spans[-1][1]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a linear needs to know of the ranks around it."""
+
+    tp: dist.ProcessGroup
+    sequence_parallel: bool
+
+    @property
+    def size(self) -> int:
+        """Number of tp ranks."""
+        return self.tp.size()
+
+
+class Weights(nn.Module):
+    """The weights of one linear, as direct attributes of a module that is called.
+
+    megatron-core waits for overlapped parameter gathers in a hook before ``forward`` and looks at direct parameters only
+    (specs/mcore.md 2.4), so ``forward`` hands the weights out and the functions below do the arithmetic.
+
+    Args:
+        d_in, d_out: widths of the whole linear, one per modality for a split one (0: that modality has none).
+        modalities: names for a split linear; None for a shared one.
+        dim: 0 cuts the outputs over tp (column), 1 the inputs (row).
+        bias: a bias on the outputs; a row linear's acts after the reduction, on local rows.
+        unused: modalities beside a shared weight whose weight is carried frozen and never used.
+    """
+
+    def __init__(
+        self,
+        d_in: int | Sequence[int],
+        d_out: int | Sequence[int],
+        *,
+        modalities: tuple[str, ...] | None,
+        dim: int,
+        layout: Layout,
+        bias: bool = False,
+        unused: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        number = len(modalities) if modalities else 1
+        widths_in, widths_out = ([w] * number if isinstance(w, int) else list(w) for w in (d_in, d_out))
+        self.suffixes = tuple(f"_{name}" for name in modalities) if modalities else ("",)
+        self.widths = tuple(min(i, o) and (i, o)[1 - dim] for i, o in zip(widths_in, widths_out, strict=True))
+        self.dim, self.layout, self.has_bias = dim, layout, bias
+        for suffix, i, o in zip(self.suffixes, widths_in, widths_out, strict=True):
+            if not min(i, o):
+                continue
+            self.register_parameter(f"weight{suffix}", parameter(o, i, dim=dim, tp=layout.size))
+            if bias:
+                sharded = 0 if dim == 0 else None
+                made = parameter(o, dim=sharded, tp=layout.size, on_local_rows=dim == 1)
+                self.register_parameter(f"bias{suffix}", made)
+        for name in unused:
+            self.register_parameter(f"weight_{name}", parameter(widths_out[0], widths_in[0], dim=dim, tp=layout.size))
+            self.get_parameter(f"weight_{name}").requires_grad_(False)
+
+    def forward(self, counts: tuple[int, ...]) -> tuple[Product, ...]:
+        """The GEMMs for T = sum(counts) rows: one product if all widths are equal, else one per modality that has a width."""
+        spans = _spans(counts if len(self.suffixes) > 1 else (sum(counts),))
+        parts = [
+            (span, getattr(self, f"weight{suffix}"), getattr(self, f"bias{suffix}") if self._column_bias else None)
+            for span, suffix, width in zip(spans, self.suffixes, self.widths, strict=True)
+            if width
+        ]
+        if len(set(self.widths)) == 1:
+            return (Product(*(tuple(column) for column in zip(*parts, strict=True))),)
+        return tuple(Product((span,), (weight,), (bias,)) for span, weight, bias in parts)
+
+    @property
+    def _column_bias(self) -> bool:
+        return self.has_bias and self.dim == 0
+
+    def add_bias(self, y_tD: torch.Tensor, local_counts: tuple[int, ...]) -> torch.Tensor:
+        """A row linear's bias, after the reduction: each modality's to its rows of this rank."""
+        if not self.has_bias:
+            return y_tD
+        counts = local_counts if len(self.suffixes) > 1 else (sum(local_counts),)
+        biases = [getattr(self, f"bias{suffix}") for suffix in self.suffixes]
+        return torch.cat([part + bias for part, bias in zip(y_tD.split(counts), biases, strict=True)])
+
+
+def column_linear(x_tD: torch.Tensor, products: tuple[Product, ...], layout: Layout, gemms: Any) -> list[torch.Tensor]:
+    """``y = x @ weight.T + bias`` for every product, outputs cut over tp: X[T_tp, D] W[D, O_tp] -> Y[T, O_tp].
+
+    Args:
+        x_tD: [T / tp, D] under sequence parallelism, else [T, D], in modality order.
+        products: the GEMMs; those of several modules may share the one collective.
+        gemms: the chosen implementation of the op ``split_linear``.
+
+    Returns:
+        One [rows of the product, o] per product. Forward: one all-gather of T*D*itemsize bytes under sequence parallelism.
+        Backward: that all-gather again (only the local shard is kept), and one reduce-scatter (sp) or all-reduce of as
+        many bytes, behind the weight gradients. A modality without tokens gets zeros, never None.
+    """
+    weights = [w for p in products for w in p.weights]
+    biases = [b for p in products for b in p.biases]
+    return list(_Column.apply(x_tD, products, layout, gemms, *weights, *biases))
+
+
+def row_linear(
+    inputs: Sequence[torch.Tensor], products: tuple[Product, ...], total: int, layout: Layout, gemms: Any
+) -> torch.Tensor:
+    """Sum of ``input @ weight.T`` over products and over tp: H[T, F_tp] W[F_tp, D] -> Y[T_tp, D].
+
+    Args:
+        inputs: [rows of the product, f] per product.
+        total: T; rows that no product covers are zero.
+
+    Returns:
+        [T / tp, D] under sequence parallelism, else [T, D]. Forward: one reduce-scatter or all-reduce of T*D*itemsize
+        bytes; backward: one all-gather of as many under sequence parallelism, else none.
+    """
+    return _Row.apply(products, total, layout, gemms, len(inputs), *inputs, *[w for p in products for w in p.weights])
+
+
+def split_linear_op(device: torch.device, kernels: dict[str, str]) -> Any:
+    """The implementation of ``split_linear`` that a run asks for."""
+    return resolve("split_linear", device=device, impl=kernels.get("split_linear", "auto"))
+
+
+class _Column(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, products, layout, gemms, *tensors):
+        number = len(tensors) // 2
+        ctx.save_for_backward(x, *tensors[:number])
+        ctx.spans = tuple(p.spans for p in products)
+        ctx.layout, ctx.gemms = layout, gemms
+        x_full = _gather_rows(x, layout) if layout.sequence_parallel else x
+        outputs, at = [], 0
+        for spans in ctx.spans:
+            start, stop = spans[0][0], spans[-1][1]
+            weights, biases = tensors[at : at + len(spans)], tensors[number + at : number + at + len(spans)]
+            outputs.append(gemms.forward(x_full[start:stop], _shifted(spans), weights, biases))
+            at += len(spans)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *douts):
+        x, *weights = ctx.saved_tensors
+        layout, gemms, number = ctx.layout, ctx.gemms, len(weights)
+        needs = ctx.needs_input_grad
+        douts = [dy.contiguous() for dy in douts]
+        needs_weights = any(needs[4 : 4 + number])
+        pending, x_full = None, x
+        if layout.sequence_parallel and needs_weights:
+            x_full = x.new_empty(x.shape[0] * layout.size, x.shape[1])
+            pending = dist.all_gather_into_tensor(x_full, x.contiguous(), group=layout.tp, async_op=True)
+        dx, reduction = None, None
+        if needs[0]:
+            rows = x.shape[0] * (layout.size if layout.sequence_parallel else 1)
+            dx_full = _accumulate(gemms, douts, ctx.spans, weights, rows, x)
+            dx, reduction = _start_reduction(dx_full, layout)
+        if pending is not None:
+            pending.wait()
+        dweights: list[torch.Tensor | None] = []
+        dbiases: list[torch.Tensor | None] = []
+        for dy, spans in zip(douts, ctx.spans, strict=True):
+            at = len(dweights)
+            start, stop = spans[0][0], spans[-1][1]
+            wanted = needs[4 + at : 4 + at + len(spans)]
+            dweights += gemms.grad_weight(dy, x_full[start:stop], _shifted(spans), wanted)
+            dbiases += gemms.grad_bias(dy, _shifted(spans), needs[4 + number + at : 4 + number + at + len(spans)])
+        if reduction is not None:
+            reduction.wait()
+        return dx, None, None, None, *dweights, *dbiases
+
+
+class _Row(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, products, total, layout, gemms, number, *tensors):
+        inputs, weights = tensors[:number], tensors[number:]
+        ctx.save_for_backward(*tensors)
+        ctx.spans = tuple(p.spans for p in products)
+        ctx.layout, ctx.gemms, ctx.number = layout, gemms, number
+        transposed = [w.t() for w in weights]  # grad_input multiplies by W, a forward by its transpose
+        y = _accumulate(gemms, inputs, ctx.spans, transposed, total, inputs[0])
+        y_local, reduction = _start_reduction(y, layout)
+        if reduction is not None:
+            reduction.wait()
+        return y_local
+
+    @staticmethod
+    def backward(ctx, dy):
+        inputs, weights = ctx.saved_tensors[: ctx.number], ctx.saved_tensors[ctx.number :]
+        layout, gemms, needs = ctx.layout, ctx.gemms, ctx.needs_input_grad[5:]
+        dy = dy.contiguous()
+        dy_full = _gather_rows(dy, layout) if layout.sequence_parallel else dy
+        dinputs, dweights, at = [], [], 0
+        for place, (h, spans) in enumerate(zip(inputs, ctx.spans, strict=True)):
+            rows, local = dy_full[spans[0][0] : spans[-1][1]], _shifted(spans)
+            mine = weights[at : at + len(spans)]
+            dinputs.append(gemms.grad_input(rows, local, mine) if needs[place] else None)
+            wanted = needs[ctx.number + at : ctx.number + at + len(spans)]
+            dweights += gemms.grad_weight(rows, h, local, wanted)
+            at += len(spans)
+        return None, None, None, None, None, *dinputs, *dweights
+
+
+def _accumulate(gemms, ys, all_spans, weights, total, like):
+    """``sum of y @ W`` over products into one [total, D] buffer; the first product that covers all rows starts it."""
+    out = like.new_empty(total, weights[0].shape[1])
+    at, jobs = 0, []
+    for y, spans in zip(ys, all_spans, strict=True):
+        jobs.append((y, spans, weights[at : at + len(spans)]))
+        at += len(spans)
+    jobs.sort(key=lambda job: job[1][0][0] - job[1][-1][1])  # widest first
+    covered: list[tuple[int, int]] = []
+    if sum(spans[-1][1] - spans[0][0] for _, spans, _ in jobs) < total or not jobs:
+        out.zero_()
+        covered.append((0, total))
+    for y, spans, mine in jobs:
+        start, stop = spans[0][0], spans[-1][1]
+        seen = any(a <= start and stop <= b for a, b in covered)
+        gemms.grad_input(y, _shifted(spans), mine, out=out[start:stop], accumulate=seen)
+        covered.append((start, stop))
+    return out
+
+
+def _start_reduction(full, layout):
+    """Start the sum over tp of [T, D]: returns this rank's rows (sp) or all, and the work to wait for."""
+    if layout.size == 1:
+        return full, None
+    if layout.sequence_parallel:
+        local = full.new_empty(full.shape[0] // layout.size, full.shape[1])
+        return local, dist.reduce_scatter_tensor(local, full, group=layout.tp, async_op=True)
+    return full, dist.all_reduce(full, group=layout.tp, async_op=True)
+
+
+def _gather_rows(x, layout):
+    full = x.new_empty(x.shape[0] * layout.size, x.shape[1])
+    dist.all_gather_into_tensor(full, x.contiguous(), group=layout.tp)
+    return full
+
+
+def _spans(counts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    edges = [0]
+    for count in counts:
+        edges.append(edges[-1] + count)
+    return tuple(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _shifted(spans: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    first = spans[0][0]
+    return tuple((start - first, stop - first) for start, stop in spans)
