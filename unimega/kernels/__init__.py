@@ -1,0 +1,16 @@
+"""Ops: each a contract, a reference and a table of implementations. Importing this package imports no Triton.
+
+Importing the modules of the ops fills the table of ``registry``; a call site only ever asks that.
+"""
+
+from unimega.kernels import (
+    attention,
+    linear_cross_entropy,
+    qkv_prepare,
+    registry,
+    rms_norm,
+    split_linear,
+    swiglu,
+)
+
+__all__ = ["attention", "linear_cross_entropy", "qkv_prepare", "registry", "rms_norm", "split_linear", "swiglu"]

@@ -1,0 +1,137 @@
+"""The head and its loss without the logits: ``loss = sum_i w_i ce_i``, ``ce_i = log sum_j exp(x_i . W_j) - x_i . W_label(i)``.
+
+``linear_cross_entropy(x, weight, labels, token_weights, *, group, vocab_start, vocab_rows, chunk=None) -> loss, ce``
+
+x: [n, D], the rows that carry loss, the same on all ranks of ``group``. weight: [v, D], this rank's rows of the vocabulary,
+global ids ``vocab_start .. vocab_start + v``; ids from ``vocab_rows`` on are padding: no part in the softmax, zero gradient.
+v is the same on all ranks. labels: int [n], global ids below ``vocab_rows``. token_weights: float [n].
+group: None or a ProcessGroup over which the vocabulary is cut. chunk: rows at a time; None: so that their logits take 64 MiB.
+loss: scalar, the same on all ranks. ce: [n], detached. Both fp32 (fp64 for fp64).
+Gradients: of x, this rank's part, which the caller sums over ``group``; of weight. With p the softmax,
+``dlogits = w (p - onehot(label))``, ``dx = dlogits W``, ``dW = dlogits^T x``.
+
+GEMMs in the dtype of x with fp32 accumulation; statistics in fp32; dlogits rounded to the dtype of x; dW summed over chunks in
+fp32. The gradients are computed in forward, chunk by chunk, so that n x v logits never exist, and only those that are needed;
+saved for backward: dx [n, D] and dW [v, D]. Under ``no_grad`` neither is computed.
+Operations: 2 n v D for the loss, 4 n v D for the gradients. Collectives: one all-gather of [3, rows] fp32 for each chunk.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from unimega.kernels import registry
+from unimega.kernels.precision import widen
+
+_LOGITS_BYTES = 64 * 2**20
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    token_weights: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    vocab_start: int,
+    vocab_rows: int,
+    chunk: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the module: the definition in plain torch."""
+    if chunk is None:  # from sizes that are equal on all ranks, or they would enter different numbers of collectives
+        chunk = max(1, _LOGITS_BYTES // (weight.shape[0] * max(4, x.element_size())))
+    needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
+    real = min(max(vocab_rows - vocab_start, 0), weight.shape[0])
+    return _LinearCrossEntropy.apply(x, weight, labels, token_weights, group, vocab_start, real, chunk, needs)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        token_weights: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        start: int,
+        real: int,
+        chunk: int,
+        needs: tuple[bool, bool],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        ce = torch.empty(x.shape[0], dtype=dtype, device=x.device)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+        dw = torch.zeros(weight.shape, dtype=dtype, device=x.device) if needs[1] else None
+        token_weights = token_weights.to(dtype)
+        for low in range(0, x.shape[0], chunk):
+            part = slice(low, min(low + chunk, x.shape[0]))
+            dlogits, ce[part] = _chunk(x[part], weight[:real], labels[part] - start, token_weights[part], group, any(needs))
+            if dx is not None:
+                torch.mm(dlogits, weight[:real], out=dx[part])
+            if dw is not None and x.dtype == dtype:
+                dw[:real].addmm_(dlogits.t(), x[part])
+            elif dw is not None:
+                dw[:real] += dlogits.t() @ x[part]
+        ctx.save_for_backward(dx, dw)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(ce)
+        return torch.dot(token_weights, ce), ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dx, dw = ctx.saved_tensors
+        dx = None if dx is None else dx * d_loss.to(dx.dtype)
+        dw = None if dw is None else (dw * d_loss).to(ctx.weight_dtype)
+        return dx, dw, None, None, None, None, None, None, None
+
+
+def _chunk(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    token_weights: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of the logits [c, real] in the dtype of x (or nothing of use) and cross-entropy [c] of some rows.
+
+    weight holds real rows only; labels are relative to its first row, and out of its range where another rank has them.
+    """
+    narrow = x @ weight.t()
+    logits = widen(narrow)
+    has_rows = weight.shape[0] > 0
+    if not has_rows:  # a rank of padding alone still takes part in the collective
+        top, total, target = (logits.new_full((x.shape[0],), value) for value in (-torch.inf, 0.0, 0.0))
+    else:
+        owned = (labels >= 0) & (labels < weight.shape[0])
+        column = labels.clamp(0, weight.shape[0] - 1).long()[:, None]
+        top = logits.amax(dim=1)
+        target = logits.gather(1, column).squeeze(1) * owned
+        total = logits.sub_(top[:, None]).exp_().sum(dim=1)
+    lse, target = _combine(top, total, target, group)
+    if needs_gradient and has_rows:
+        logits.mul_(((top - lse).exp_() * token_weights)[:, None])
+        logits.scatter_add_(1, column, (-token_weights * owned)[:, None])
+        narrow = logits if logits.dtype == x.dtype else narrow.copy_(logits)
+    return narrow, lse - target
+
+
+def _combine(
+    top: torch.Tensor, total: torch.Tensor, target: torch.Tensor, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exp and target logit over the whole vocabulary from each rank's maximum, sum of exp(l - maximum) and target."""
+    if group is None or group.size() == 1:
+        return top + total.log(), target
+    mine = torch.stack((top, total, target))
+    everyone = mine.new_empty(group.size() * 3, mine.shape[1])
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    tops, totals, targets = everyone.view(group.size(), 3, -1).unbind(1)
+    highest = tops.amax(dim=0)
+    return highest + (totals * (tops - highest).exp()).sum(dim=0).log(), targets.sum(dim=0)
+
+
+registry.declare("linear_cross_entropy", registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE))

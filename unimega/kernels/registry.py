@@ -1,0 +1,127 @@
+"""The table of ops and their implementations, and the only dispatch there is.
+
+An op is a contract (the docstring of ``kernels/<op>.py``), a reference that defines the numbers, and rows of this table.
+A layer calls ``resolve`` once, in ``__init__``, and keeps the function: two models in one process may differ.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unimega import log
+from unimega.errors import KernelUnavailable
+
+_log = log.get(__name__)
+
+EVERYWHERE = frozenset({"cpu", "cuda", "npu"})
+"""Device types of an implementation in plain torch."""
+
+
+def _no_reason(device: torch.device) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Impl:
+    """One way to run an op, imported only when chosen."""
+
+    name: str
+    """``reference``, ``triton``, ``cuda``, ``npu`` or ``cpp``."""
+    target: str
+    """``module:attribute``; same signature, layout and gradients as the reference."""
+    devices: frozenset[str]
+    """Device types it can run on."""
+    why_not: Callable[[torch.device], str | None] = _no_reason
+    """Why it cannot run here (a package, a compute capability), in a few words; None: it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of ``python -m unimega doctor``: an implementation on a device."""
+
+    op: str
+    impl: str
+    device: str
+    reason: str | None
+    """None: it can run."""
+    chosen: bool
+    """True: ``auto`` takes it on this device."""
+
+
+_table: dict[str, tuple[Impl, ...]] = {}
+
+
+def declare(op: str, *impls: Impl) -> None:
+    """Enter an op with its implementations, best first. Write-once: a second table for an op is a mistake of ours."""
+    if op in _table:
+        raise ValueError(f"op {op!r} is declared twice")
+    if len({impl.name for impl in impls}) != len(impls) or not impls:
+        raise ValueError(f"op {op!r} needs implementations with different names")
+    _table[op] = impls
+
+
+def ops() -> tuple[str, ...]:
+    """Names of all declared ops."""
+    return tuple(_table)
+
+
+def implementations(op: str) -> tuple[Impl, ...]:
+    """The implementations of an op, best first.
+
+    Raises:
+        KernelUnavailable: there is no such op.
+    """
+    if op not in _table:
+        raise KernelUnavailable(f"kernels.{op} is not an op. Choose from: {', '.join(_table)}.")
+    return _table[op]
+
+
+def why_not(impl: Impl, device: torch.device) -> str | None:
+    """Why an implementation cannot run on a device; None: it can."""
+    if device.type not in impl.devices:
+        return f"does not run on {device.type}"
+    return impl.why_not(device)
+
+
+def resolve(op: str, *, device: torch.device, impl: str = "auto") -> Any:
+    """Import and return what runs an op: a function (for ``split_linear`` a set of functions).
+
+    Args:
+        op: name of the op.
+        device: where its tensors will be.
+        impl: ``auto`` (the first that can run here) or a name. A named one never falls back to another.
+
+    Raises:
+        KernelUnavailable: no such op or implementation, or it cannot run here; the line lists the alternatives.
+    """
+    impls = implementations(op)
+    reasons = {row.name: why_not(row, device) for row in impls}
+    found = "; ".join(f"{name}: {reason or 'available'}" for name, reason in reasons.items())
+    if impl != "auto" and impl not in reasons:
+        raise KernelUnavailable(f"kernels.{op}={impl!r} is not an implementation. {found}.")
+    picked = next((row for row in impls if impl in ("auto", row.name) and reasons[row.name] is None), None)
+    if picked is None:
+        raise KernelUnavailable(f"kernels.{op}={impl!r} cannot run on {device.type}. {found}.")
+    _announce(op, picked.name, device.type)
+    module, attribute = picked.target.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def rows(devices: tuple[torch.device, ...]) -> Iterator[Row]:
+    """Every op x implementation x device, in the order of the table."""
+    for op, impls in _table.items():
+        for device in devices:
+            reasons = [why_not(impl, device) for impl in impls]
+            first = reasons.index(None) if None in reasons else -1
+            for i, (impl, reason) in enumerate(zip(impls, reasons, strict=True)):
+                yield Row(op, impl.name, device.type, reason, chosen=i == first)
+
+
+@functools.cache
+def _announce(op: str, impl: str, device: str) -> None:
+    """Log a choice, once per process: a model has the same op in every layer."""
+    _log.info("kernel %s -> %s on %s", op, impl, device)
