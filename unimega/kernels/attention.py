@@ -8,9 +8,9 @@ rows, inverse: None, or the gather that ``qkv_prepare`` made and its inverse per
 out: [T, h N], ``out[rows[i]] = softmax(scale q_i k^T) v`` (row i without ``rows``): in modality order again.
 Gradients reach q, k, v. A run's result does not depend on what other runs contain, bit for bit.
 
-Scores and softmax are in fp32 (fp64 for fp64); the probabilities may be rounded to the dtype of v for the second product,
-as flash attention does; the output is rounded once. Saved for backward: q, k, v, out and one number per query and head.
-Operations, forward: 4 h N sum(hi - lo); backward: 2.5 x that. Nothing of T x T is ever made.
+Scores and softmax are in fp32 (fp64 for fp64); the probabilities may be rounded to the dtype of v before the second
+product, as flash attention does; the output is rounded once. Saved for backward: q, k, v, out, one number per query and
+head. Operations, forward: 4 h N sum(hi - lo); backward: 2.5 x that. Nothing of T x T is ever made.
 """
 
 import functools
@@ -26,7 +26,7 @@ from unimega.batch import Intervals
 from unimega.kernels import registry
 
 _CALL_COST = 2048
-"""What one more call costs, in score entries per head: shorter runs join a batch until their padding wastes more than this."""
+"""What a call costs, in score entries per head: shorter runs join a batch until their padding wastes more than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def reference(
     rows: torch.Tensor | None,
     inverse: torch.Tensor | None,
 ) -> torch.Tensor:
-    """See the module. Causal runs of similar length are one call as a batch padded at the end, which ``is_causal`` hides.
+    """See the module. Causal runs of similar length make one call, padded at their ends, which ``is_causal`` hides.
 
     Intervals that are not causal take one call per run, with a mask of that run.
     """
@@ -63,9 +63,10 @@ def reference(
     for i, (runs, longest) in enumerate(plan.batches):
         mask = None if intervals.causal else _mask(intervals, start, longest)
         start += runs * longest
+        query, key, value = padded[3 * i : 3 * i + 3]
         outputs.append(
             F.scaled_dot_product_attention(
-                *padded[3 * i : 3 * i + 3], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
             )
         )
     return _Unpad.apply(plan, rows, inverse, *outputs)
@@ -141,15 +142,12 @@ def _plan(lengths: tuple[int, ...], batched: bool, device: torch.device) -> _Pla
     """Sort runs into batches. All layers of all stages ask for the same few micro-batches, hence the cache."""
     if not batched:
         return _Plan(tuple((1, n) for n in lengths if n), None, None)
-    sizes = np.asarray(lengths, dtype=np.int64)
+    sizes = np.asarray([n for n in lengths if n], dtype=np.int64)
     starts = np.cumsum(sizes) - sizes
     batches = _batches(sizes)
-    if all(runs == 1 for runs, _ in batches):
-        batches, order = tuple((1, n) for n in lengths if n), np.flatnonzero(sizes)
-    else:
-        order = np.argsort(-sizes, kind="stable")[: int(np.count_nonzero(sizes))]
-    if len(batches) == 1 and bool((sizes[order] == sizes[order[0]]).all()) or len(batches) == len(order):
-        return _Plan(batches, None, None)
+    if len(batches) == len(sizes) or sizes.min() == sizes.max():
+        return _Plan(tuple((1, n) for n in lengths if n) if len(batches) > 1 else batches, None, None)
+    order = np.argsort(-sizes, kind="stable")
     gather, places = [], np.empty(int(sizes.sum()), dtype=np.int64)
     done = rows = 0
     for runs, longest in batches:
@@ -168,7 +166,7 @@ def _batches(sizes: np.ndarray) -> tuple[tuple[int, int], ...]:
     """Cut the runs, longest first, into batches: (runs, longest) of each."""
     batches: list[tuple[int, int]] = []
     runs = longest = wasted = 0
-    for n in sorted((int(n) for n in sizes if n), reverse=True):
+    for n in sorted(sizes.tolist(), reverse=True):
         wasted += longest * longest - n * n
         if runs and wasted <= _CALL_COST:
             runs += 1

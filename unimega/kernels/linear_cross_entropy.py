@@ -1,19 +1,21 @@
-"""The head and its loss without the logits: ``loss = sum_i w_i ce_i``, ``ce_i = log sum_j exp(x_i . W_j) - x_i . W_label(i)``.
+"""Head and loss without the logits: ``loss = sum_i w_i ce_i``, ``ce_i = log(sum_j exp(x_i W_j)) - x_i W_label(i)``.
 
 ``linear_cross_entropy(x, weight, labels, token_weights, *, group, vocab_start, vocab_rows, chunk=None) -> loss, ce``
 
-x: [n, D], the rows that carry loss, the same on all ranks of ``group``. weight: [v, D], this rank's rows of the vocabulary,
-global ids ``vocab_start .. vocab_start + v``; ids from ``vocab_rows`` on are padding: no part in the softmax, zero gradient.
-v is the same on all ranks. labels: int [n], global ids below ``vocab_rows``. token_weights: float [n].
-group: None or a ProcessGroup over which the vocabulary is cut. chunk: rows at a time; None: so that their logits take 64 MiB.
+x: [n, D], the rows that carry loss, the same on all ranks of ``group``.
+weight: [v, D], this rank's rows of the vocabulary, global ids ``vocab_start .. vocab_start + v``, v the same on all ranks;
+ids from ``vocab_rows`` on are padding: no part in the softmax, zero gradient.
+labels: int [n], global ids below ``vocab_rows``. token_weights: float [n].
+group: None or a ProcessGroup over which the vocabulary is cut.
+chunk: rows at a time, the same on all ranks; None: so many that their logits take 64 MiB.
 loss: scalar, the same on all ranks. ce: [n], detached. Both fp32 (fp64 for fp64).
 Gradients: of x, this rank's part, which the caller sums over ``group``; of weight. With p the softmax,
 ``dlogits = w (p - onehot(label))``, ``dx = dlogits W``, ``dW = dlogits^T x``.
 
-GEMMs in the dtype of x with fp32 accumulation; statistics in fp32; dlogits rounded to the dtype of x; dW summed over chunks in
-fp32. The gradients are computed in forward, chunk by chunk, so that n x v logits never exist, and only those that are needed;
-saved for backward: dx [n, D] and dW [v, D]. Under ``no_grad`` neither is computed.
-Operations: 2 n v D for the loss, 4 n v D for the gradients. Collectives: one all-gather of [3, rows] fp32 for each chunk.
+GEMMs in the dtype of x with fp32 accumulation, logits and dlogits rounded to it; statistics in fp32; dW summed over chunks
+in fp32. The gradients are computed in forward, chunk by chunk, so that n x v logits never exist, and only those that are
+needed; saved for backward: dx [n, D] and dW [v, D] in fp32. Under ``no_grad`` neither is computed.
+Operations: 2 n v D for the loss, 4 n v D for the gradients. Collectives: one all-gather of [3, rows] fp32 a chunk.
 """
 
 from typing import Any
@@ -68,7 +70,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         token_weights = token_weights.to(dtype)
         for low in range(0, x.shape[0], chunk):
             part = slice(low, min(low + chunk, x.shape[0]))
-            dlogits, ce[part] = _chunk(x[part], weight[:real], labels[part] - start, token_weights[part], group, any(needs))
+            own = labels[part] - start
+            dlogits, ce[part] = _chunk(x[part], weight[:real], own, token_weights[part], group, any(needs))
             if dx is not None:
                 torch.mm(dlogits, weight[:real], out=dx[part])
             if dw is not None and x.dtype == dtype:
@@ -123,7 +126,7 @@ def _chunk(
 def _combine(
     top: torch.Tensor, total: torch.Tensor, target: torch.Tensor, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-sum-exp and target logit over the whole vocabulary from each rank's maximum, sum of exp(l - maximum) and target."""
+    """Log-sum-exp and target logit over the whole vocabulary, from each rank's maximum, sum of exp(l - top), target."""
     if group is None or group.size() == 1:
         return top + total.log(), target
     mine = torch.stack((top, total, target))

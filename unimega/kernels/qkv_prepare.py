@@ -5,15 +5,16 @@
 qkv: [T, (h + 2k) N] in modality order; columns per KV group: its h/k query heads, its key head, its value head, each N.
 q_weights, k_weights: None, or one weight for all rows, or M weights, each [N] and the same for all heads.
 counts: M host ints that sum to T; weights of length 1 cover all rows whatever ``counts`` is.
-cos, sin: [T, N/2] fp32 of each row's position, in modality order. rows: int [T] or None; inverse: its inverse permutation.
+cos, sin: [T, N/2] fp32 of each row's position, in modality order.
+rows: int [T] or None; inverse: its inverse permutation, for the backward.
 q: [T, h, N], k, v: [T, k, N], contiguous, dtype of qkv, row i being row ``rows[i]`` of qkv (row i without ``rows``).
 
 Per head: ``u = x / sqrt(mean(x^2) + eps) * weight`` (u = x without weights; never for v), then with the halves u1 | u2:
 ``y = [u1 cos - u2 sin | u2 cos + u1 sin]``. Gradients: the inverse rotation, then that of the norm (``rms_norm``).
 A modality without rows gives its weights a gradient of zeros.
 
-The math is in fp32 (fp64 for fp64), one rounding at the end. Saved for backward: cos, sin, inverse, and with a norm qkv and
-1/rms per head (fp32). Bytes, forward: 2 T (h + 2k) N itemsize; backward 2 x that, 3 x with norms.
+The math is in fp32 (fp64 for fp64), one rounding at the end. Saved for backward: cos, sin, inverse, and with a norm qkv
+and 1/rms per head (fp32). Bytes, forward: 2 T (h + 2k) N itemsize; backward 2 x that, 3 x with norms.
 """
 
 from typing import Any
@@ -62,7 +63,7 @@ class _QKVPrepare(torch.autograd.Function):
         eps: float,
         *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        per_group, groups, width, num_q, num_k = shape
+        per_group, groups, width, num_q, _ = shape
         total = qkv.shape[0]
         packed = qkv.reshape(total, groups, per_group + 2, width)
         cos, sin = (t.to(packed.dtype if packed.dtype == torch.float64 else torch.float32) for t in (cos, sin))

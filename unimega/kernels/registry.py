@@ -1,6 +1,6 @@
 """The table of ops and their implementations, and the only dispatch there is.
 
-An op is a contract (the docstring of ``kernels/<op>.py``), a reference that defines the numbers, and rows of this table.
+An op is a contract (the docstring of ``kernels/<op>.py``), a reference that defines the numbers, and rows of a table.
 A layer calls ``resolve`` once, in ``__init__``, and keeps the function: two models in one process may differ.
 """
 

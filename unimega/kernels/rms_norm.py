@@ -21,18 +21,14 @@ from unimega.kernels import registry
 from unimega.kernels.precision import widen
 
 
-def reference(
-    x: torch.Tensor, weights: tuple[torch.Tensor, ...], counts: tuple[int, ...], eps: float
-) -> torch.Tensor:
+def reference(x: torch.Tensor, weights: tuple[torch.Tensor, ...], counts: tuple[int, ...], eps: float) -> torch.Tensor:
     """See the module: the definition in plain torch."""
     return _RMSNorm.apply(x, counts, eps, *weights)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, counts: tuple[int, ...], eps: float, *weights: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, counts: tuple[int, ...], eps: float, *weights: torch.Tensor) -> torch.Tensor:
         wide = widen(x)
         rstd = inverse_rms(wide, eps)
         y = wide * rstd

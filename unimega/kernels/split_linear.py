@@ -1,4 +1,4 @@
-"""A linear map with one weight, or one per modality, on contiguous runs of rows: ``y[span_m] = x[span_m] @ weight_m.T + bias_m``.
+"""A linear map with a weight for each modality on runs of rows: ``y[span_m] = x[span_m] @ weight_m.T + bias_m``.
 
 Not one function but four, without autograd: the autograd functions of ``unimega.parallel`` call them, because their
 collectives go in between (gather, then forward; input gradient, then scatter behind the weight gradients).
@@ -8,9 +8,9 @@ collectives go in between (gather, then forward; input gradient, then scatter be
 ``grad_weight(dy, x, spans, needs) -> [dweight_m | None]``, ``dy[span_m].T @ x[span_m]``
 ``grad_bias(dy, spans, needs) -> [dbias_m | None]``, ``sum of dy[span_m]``
 
-x, dx: [T, D]. y, dy: [T, O]. spans: M pairs (start, stop) of host ints, ascending; rows of no span stay what they were in
-``out`` and are undefined without it. weights: M tensors [O, D], O the same for all; biases: M tensors [O] or None; all of
-one dtype. needs: M host bools. A span without rows gives zeros, never None.
+x, dx: [T, D]. y, dy: [T, O]. weights: M tensors [O, D], O the same for all; biases: M tensors [O] or None; one dtype.
+spans: M pairs (start, stop) of host ints, ascending (a shared weight: one span of all rows); rows of no span stay what they
+were in ``out`` and are undefined without it. needs: M host bools. A span without rows gives zeros, never None.
 
 GEMMs accumulate in fp32 (a device may use less for fp32, torch's setting decides) and round once, to the dtype of x;
 ``accumulate`` rounds the sum once more. Operations: 2 T D O each. No copies: GEMMs read and write slices in place.
@@ -70,9 +70,7 @@ def _grad_input(
     return dx
 
 
-def _grad_weight(
-    dy: torch.Tensor, x: torch.Tensor, spans: Spans, needs: Sequence[bool]
-) -> list[torch.Tensor | None]:
+def _grad_weight(dy: torch.Tensor, x: torch.Tensor, spans: Spans, needs: Sequence[bool]) -> list[torch.Tensor | None]:
     with torch.no_grad():
         return [
             dy[start:stop].t() @ x[start:stop] if needed else None
@@ -82,9 +80,7 @@ def _grad_weight(
 
 def _grad_bias(dy: torch.Tensor, spans: Spans, needs: Sequence[bool]) -> list[torch.Tensor | None]:
     with torch.no_grad():
-        return [
-            dy[start:stop].sum(0) if needed else None for (start, stop), needed in zip(spans, needs, strict=True)
-        ]
+        return [dy[start:stop].sum(0) if needed else None for (start, stop), needed in zip(spans, needs, strict=True)]
 
 
 reference = SplitLinear(_forward, _grad_input, _grad_weight, _grad_bias)
