@@ -3,8 +3,8 @@
 ``linear_cross_entropy(x, weight, labels, token_weights, *, group, vocab_start, vocab_rows, chunk=None) -> loss, ce``
 
 x: [n, D], the rows that carry loss, the same on all ranks of ``group``.
-weight: [v, D], this rank's rows of the vocabulary, global ids ``vocab_start .. vocab_start + v``, v the same on all ranks;
-ids from ``vocab_rows`` on are padding: no part in the softmax, zero gradient.
+weight: [v, D], this rank's rows of the vocabulary, ids ``vocab_start .. vocab_start + v``, v the same on all ranks; ids
+from ``vocab_rows`` on are padding: no part in the softmax, zero gradient.
 labels: int [n], global ids below ``vocab_rows``. token_weights: float [n].
 group: None or a ProcessGroup over which the vocabulary is cut.
 chunk: rows at a time, the same on all ranks; None: so many that their logits take 64 MiB.
@@ -12,9 +12,9 @@ loss: scalar, the same on all ranks. ce: [n], detached. Both fp32 (fp64 for fp64
 Gradients: of x, this rank's part, which the caller sums over ``group``; of weight. With p the softmax,
 ``dlogits = w (p - onehot(label))``, ``dx = dlogits W``, ``dW = dlogits^T x``.
 
-GEMMs in the dtype of x with fp32 accumulation, logits and dlogits rounded to it; statistics in fp32; dW summed over chunks
-in fp32. The gradients are computed in forward, chunk by chunk, so that n x v logits never exist, and only those that are
-needed; saved for backward: dx [n, D] and dW [v, D] in fp32. Under ``no_grad`` neither is computed.
+GEMMs in the dtype of x with fp32 accumulation, logits and dlogits rounded to it; statistics in fp32; dW summed over
+chunks in fp32. The gradients are computed in forward, chunk by chunk, so that n x v logits never exist, and only those
+that are needed; saved for backward: dx [n, D] and dW [v, D] in fp32. Under ``no_grad`` neither is computed.
 Operations: 2 n v D for the loss, 4 n v D for the gradients. Collectives: one all-gather of [3, rows] fp32 a chunk.
 """
 

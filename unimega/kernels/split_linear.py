@@ -9,8 +9,8 @@ collectives go in between (gather, then forward; input gradient, then scatter be
 ``grad_bias(dy, spans, needs) -> [dbias_m | None]``, ``sum of dy[span_m]``
 
 x, dx: [T, D]. y, dy: [T, O]. weights: M tensors [O, D], O the same for all; biases: M tensors [O] or None; one dtype.
-spans: M pairs (start, stop) of host ints, ascending (a shared weight: one span of all rows); rows of no span stay what they
-were in ``out`` and are undefined without it. needs: M host bools. A span without rows gives zeros, never None.
+spans: M pairs (start, stop) of host ints, ascending (a shared weight: one span of all rows); rows of no span stay what
+they were in ``out`` and are undefined without it. needs: M host bools. A span without rows gives zeros, never None.
 
 GEMMs accumulate in fp32 (a device may use less for fp32, torch's setting decides) and round once, to the dtype of x;
 ``accumulate`` rounds the sum once more. Operations: 2 T D O each. No copies: GEMMs read and write slices in place.
