@@ -16,7 +16,7 @@ class LayerSpec:
     scope: Literal["document", "own"] = "document"
     """Whom a token sees: its document, or the tokens of its own modality in it."""
     ffn: tuple[int, ...] = ()
-    """FFN width of each modality, in the order of the modalities; empty: no split FFN. A width may be 0 beside a shared one."""
+    """FFN width of each modality, in their order; empty: no split FFN. A width may be 0 beside a shared one."""
     shared_ffn: int = 0
     """Width of the FFN that every token passes; 0: none."""
     norms: Sharing = "shared"
@@ -44,7 +44,7 @@ def unix(num_layers: int, *, ffn: tuple[int, ...], encode: int, decode: int) -> 
 def share(
     num_layers: int, *, ffn: tuple[int, ...], middle: tuple[int, ...], shared: int, encode: int, decode: int
 ) -> tuple[LayerSpec, ...]:
-    """Uni-X ends; in the middle each token passes its modality's FFN (``middle``) and one of width ``shared`` for all."""
+    """Uni-X ends; in the middle each token passes its modality's FFN (``middle``) and one for all (``shared``)."""
     ends = unix(num_layers, ffn=ffn, encode=encode, decode=decode)
     between = LayerSpec(ffn=middle, shared_ffn=shared)
     return ends[:encode] + (between,) * (num_layers - encode - decode) + ends[num_layers - decode :]

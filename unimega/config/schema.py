@@ -1,0 +1,251 @@
+"""What a run is, key by key: one frozen dataclass per section of a run file. Derived values are functions in ``rules``.
+
+A field without a default must be given. ``None`` means "not given"; the docstring says what then holds.
+Paths are relative to the working directory.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """Standard deviations of the normal distributions that weights are drawn from."""
+
+    embedding: float = 0.02
+    """Rows of the embedding."""
+    linear: float = 0.02
+    """Linears; attention-out and FFN-down take linear / sqrt(2 num_layers)."""
+    head: float = 0.02
+    """Rows of the head, when it is not tied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture and its sizes."""
+
+    preset: str
+    """Which stack of layers: dense, unix, share, moe_hard or mot."""
+    hf_config: str = ""
+    """A Hugging Face config.json or its folder (Qwen2, Qwen3): sizes, norms, biases, rope. Keys given here win."""
+    num_layers: int
+    """Layers of the stack."""
+    width: int
+    """Model width D."""
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    """Key and value heads; divides heads."""
+    head_width: int
+    """Width of a head; even, heads * head_width may differ from width."""
+    ffn_width: int
+    """Hidden width of the SwiGLU FFN."""
+    vision_ffn_width: int | None = None
+    """share (middle layers), mot: FFN width of vision tokens. Absent: ffn_width. 0 is legal beside a shared FFN."""
+    shared_ffn_width: int | None = None
+    """share: width of the FFN that every token of a middle layer passes beside its modality's own."""
+    split_every: int | None = None
+    """moe_hard: every k-th layer has an FFN per modality."""
+    output_projection: Literal["split", "shared"] | None = None
+    """mot: attention output projection per modality or one for all, as in the original. Absent: split."""
+    unused_output: bool = False
+    """mot, output_projection = shared: carry the frozen vision projection that the original never uses."""
+    qk_norm: bool = False
+    """RMS norm with gains on each query and key head, as in Qwen3."""
+    qkv_bias: bool = True
+    """Biases on q, k and v, as in Qwen2."""
+    output_bias: bool = False
+    """Bias on the attention output projection."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMS norm."""
+    rope_theta: float = 1e6
+    """Base of the rotary position embedding."""
+    encode_layers: int | None = None
+    """unix, share: split layers at the bottom."""
+    decode_layers: int | None = None
+    """unix, share: split layers at the top."""
+    skip_from: int = -1
+    """unix: encode layer whose vision state is added before the matching decode layer; -1: none. Not with pp > 1."""
+    vision_offset: int
+    """Token id of VQ code 0: the embedding rows of the base model (vocab_size of its config.json)."""
+    codebook: int
+    """Number of VQ codes; 0: a model of text alone."""
+    vocabulary_rows: int | None = None
+    """Rows of embedding and head in a file. Absent: vision_offset + codebook."""
+    vision_ids: tuple[int, ...] | None = None
+    """Ids below vision_offset that are vision: <|vision_start|>, separators. Absent: from the tokenizer."""
+    cross_document: bool = False
+    """Attention and positions run over whole packs: parity with old Uni-X checkpoints only."""
+    tied: bool = True
+    """The head is the embedding."""
+    init: Init = field(default_factory=Init)
+    """Standard deviations of the initial weights."""
+    init_vision: Literal["random", "text"] = "random"
+    """text: split layers start with the text weights in every modality."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One corpus of the mixture."""
+
+    path: str
+    """Prefix of its .bin and .idx."""
+    weight: float = 1.0
+    """Share of the tokens after assembly, relative to the other sources."""
+    direction: Literal["both", "t2i", "i2t"] = "both"
+    """What to make of pairs of text and image: both, text to image only, image to text only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on, and how documents become packs."""
+
+    train: tuple[Source, ...]
+    """The mixture: a list of tables with path, weight and direction."""
+    evaluation: tuple[str, ...] = ()
+    """Prefixes of held-out corpora."""
+    tokenizer: str = ""
+    """Tokenizer folder. Absent: the one that is recorded beside the corpus."""
+    pack_length: int
+    """Tokens of a pack; a pack holds whole documents."""
+    t2i_ratio: float = 0.5
+    """Share of pairs that become text-to-image where the direction is free, 0 to 1."""
+    unconditional_ratio: float = 0.1
+    """Share of text-to-image documents whose caption is replaced by <unconditional>, 0 to 1."""
+    mask_instructions: bool = True
+    """No loss on prompts and captions that are given; false: all but the first token of a document is a target."""
+    templates: str = "default"
+    """Prompts around pairs: default, a TOML file, or none for the caption alone."""
+    window_tokens: int = 268435456
+    """Tokens that mixture and packing plan at a time; small runs set less."""
+    seed: int = 1
+    """Seed of the order of documents and of every draw at load time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks are cut up. dp is what is left: world / (tp * cp * pp)."""
+
+    tp: int = 1
+    """Tensor-parallel size: ranks that share each layer's weights."""
+    sequence_parallel: bool = False
+    """Ranks of a tp group also share the tokens between the linears."""
+    pp: int = 1
+    """Pipeline stages."""
+    vpp: int = 1
+    """Virtual stages per rank; above 1 the schedule is interleaved."""
+    layout: Literal["auto"] | tuple[int, ...] = "auto"
+    """Layers of each virtual stage from the bottom up, e.g. [10, 9, 9, 8]. auto: even, the rest goes to the middle."""
+    cp: int = 1
+    """Context-parallel size: ranks that share one pack."""
+    ep: int = 1
+    """Expert-parallel size: ranks that share one layer's experts."""
+    etp: int = 1
+    """Tensor-parallel size inside experts."""
+    overlap: bool = True
+    """Reduce gradients and gather parameters while computing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """A factor on the learning rate of some parameters."""
+
+    match: str
+    """Pattern of parameter names, e.g. *_vision."""
+    factor: float
+    """Multiplies the learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its schedule."""
+
+    kind: Literal["adamw"] = "adamw"
+    """Which optimizer."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    """Learning rate at the last step (not used by the constant schedule)."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices and embeddings; none on norms and biases."""
+    eps: float = 1e-8
+    """Epsilon of Adam."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's two averages."""
+    clip: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    rates: tuple[Rate, ...] = ()
+    """Factors for parameters by name: a list of tables with match and factor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, batch and numerics of the run."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    global_batch_packs: int
+    """Packs of one step over all ranks."""
+    micro_batch_packs: int = 1
+    """Packs of one forward and backward on one rank."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Parameters and activations; main gradients and master weights are fp32 in both."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward: none, attention only, whole layers."""
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    """Weight of a token's loss by the modality of the input token. Absent: 1."""
+    trainable: tuple[str, ...] = ("*",)
+    """Patterns of the names of parameters that are trained; the others are frozen."""
+    seed: int = 1
+    """Seed of the initial weights."""
+    evaluate_every_steps: int = 500
+    """Steps between evaluations; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When and where the run is saved."""
+
+    directory: str
+    """Folder of the step folders."""
+    every_steps: int = 500
+    """Steps between checkpoints; 0: only by time and at the end."""
+    every_minutes: float = 0.0
+    """Minutes between checkpoints; 0: only by steps."""
+    keep: int = 3
+    """How many of the latest checkpoints are kept."""
+    optimizer: Literal["reshardable", "fast"] = "reshardable"
+    """Optimizer state that loads under any topology, or faster under the same one only."""
+    initial: str = ""
+    """A checkpoint whose weights start the run. Absent: random weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where the metrics go."""
+
+    directory: str
+    """Folder of metrics.jsonl and of the TensorBoard files."""
+    every_steps: int = 10
+    """Steps between records."""
+    wandb: bool = False
+    """Also send the metrics to Weights and Biases."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run, resolved: what training works from and what is stored beside its checkpoints."""
+
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    kernels: dict[str, str] = field(default_factory=dict)
+    """Implementation of an op by name, e.g. swiglu = "reference". Absent: auto, the first that can run."""
