@@ -1,7 +1,8 @@
 """Which tensor of a Hugging Face folder is which key of a checkpoint, as data that is read in both directions.
 
 A ``Row`` is one checkpoint key and the tensors it is made of: one, copied as it is, or q, k and v, whose rows a
-checkpoint groups per KV head (``[q.., k, v] x head_width``). The same table takes weights in, and weights or gradients out.
+checkpoint groups per KV head (``[q.., k, v] x head_width``). The same table takes weights in and weights or gradients
+out.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,9 +25,9 @@ class Layout:
     """How a family of folders spells the copies of a weight that belong to vision."""
 
     family: Literal["qwen", "x", "moe", "mot"]
-    """``qwen``: dense, no copies. The others are the original Uni-X: whole twin layers, ``vis_`` FFNs, ``vis_`` attention."""
+    """``qwen``: dense, no copies. The original Uni-X: ``x`` twin layers, ``moe`` FFN copies, ``mot`` attention copies too."""
     encode: int = 0
-    """``x``: layers below this index have their twins in ``vision_encode_layers``, later ones in ``vision_decode_layers``."""
+    """``x``: layers below this have twins in ``vision_encode_layers``, later ones in ``vision_decode_layers``."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for the checkpoint."""
@@ -50,7 +51,7 @@ class Row:
         """The tensors of the folder, in the order of ``names``, as the one of the checkpoint."""
         if not self.kv_heads:
             return tensors[0]
-        grouped = [tensor.unflatten(0, (self.kv_heads, -1)) for tensor in tensors]
+        grouped = [tensor.reshape(self.kv_heads, -1, *tensor.shape[1:]) for tensor in tensors]
         return torch.cat(grouped, dim=1).flatten(0, 1)
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -58,7 +59,7 @@ class Row:
         if not self.kv_heads:
             return [tensor]
         sizes = [shape[0] // self.kv_heads for shape in self.shapes]
-        grouped = tensor.unflatten(0, (self.kv_heads, -1))
+        grouped = tensor.reshape(self.kv_heads, -1, *tensor.shape[1:])
         return [part.flatten(0, 1).contiguous() for part in grouped.split(sizes, dim=1)]
 
 
@@ -98,14 +99,13 @@ class Table:
         rows = [row for row in self.rows if row.used or not gradients]
         missing = [row.key for row in rows if row.key not in tensors]
         if missing:
-            raise CheckpointError(f"key {missing[0]!r}{_more(missing)} is missing: this is not a checkpoint of this model.")
+            raise CheckpointError(f"key {missing[0]!r}{_more(missing)} is missing. The checkpoint is of another model.")
         unused = sorted(set(tensors) - {row.key for row in rows})
         if unused:
             raise CheckpointError(
-                f"key {unused[0]!r}{_more(unused)} has no name in this layout: "
-                "the checkpoint is of another model than its description."
+                f"key {unused[0]!r}{_more(unused)} has no name in this layout. The checkpoint is of another model."
             )
-        out = {}
+        out: dict[str, torch.Tensor] = {}
         for row in rows:
             tensor = tensors[row.key]
             want = (sum(shape[0] for shape in row.shapes), *row.shapes[0][1:])
@@ -182,7 +182,7 @@ class _Names:
         return iter([(f"_{name}", number) for number, name in enumerate(self.modalities)] if split else [("", 0)])
 
     def name(self, part: str, leaf: str, modality: int = 0, *, prefix: str = "") -> str:
-        """Such as ``model.layers.3.mlp.vis_gate_proj``: part ``mlp``, leaf ``gate_proj``, modality 1, layout ``moe``."""
+        """``model.layers.3.mlp.vis_gate_proj`` is part ``mlp``, leaf ``gate_proj``, modality 1 in layout ``moe``."""
         base = f"model.layers.{self.index}"
         if modality and self.twin:
             base = f"model.{self.twin}"
@@ -211,10 +211,8 @@ def _layer_rows(spec: ModelSpec, names: _Names, layer: LayerSpec) -> list[Row]:
     key, width = f"layers.{names.index}", spec.width
     rows = []
     for suffix, m in names.copies(layer.norms == "split"):
-        rows.append(_copy(f"{key}.attention_norm.weight{suffix}", names.name("", "input_layernorm.weight", m), (width,)))
-        rows.append(
-            _copy(f"{key}.ffn_norm.weight{suffix}", names.name("", "post_attention_layernorm.weight", m), (width,))
-        )
+        for part, leaf in (("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")):
+            rows.append(_copy(f"{key}.{part}.weight{suffix}", names.name("", f"{leaf}.weight", m), (width,)))
     for suffix, m in names.copies(layer.attention == "split"):
         rows += _qkv_rows(spec, names, f"{key}.attention", suffix, m)
     for suffix, m in names.copies(layer.output_projection == "split"):
@@ -234,9 +232,13 @@ def _layer_rows(spec: ModelSpec, names: _Names, layer: LayerSpec) -> list[Row]:
 def _check_spelling(names: _Names, layer: LayerSpec) -> None:
     """Refuse a layer whose copies the layout cannot tell apart."""
     family = names.layout.family
-    parts = {"attention": layer.attention, "output_projection": layer.output_projection, "norms": layer.norms}
+    parts: dict[str, str] = {
+        "attention": layer.attention,
+        "output_projection": layer.output_projection,
+        "norms": layer.norms,
+    }
     split = {part for part, sharing in parts.items() if sharing == "split"} | ({"ffn"} if layer.ffn else set())
-    possible = {
+    possible: dict[str, list[set[str]]] = {
         "qwen": [set()],
         "x": [set(), {"ffn"}, {*parts, "ffn"}],
         "moe": [set(), {"ffn"}],
