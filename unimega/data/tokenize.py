@@ -1,0 +1,133 @@
+"""Text to ids: the only module of `data/` that touches a tokenizer package."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unimega.data.format import Ids
+from unimega.errors import DataError, optional
+
+UNCONDITIONAL = "<unconditional>"
+_VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
+_EOS = ("<|endoftext|>", "<eos>")
+_PAD = ("<|pad|>", "<pad>", "[PAD]")
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids that the loader adds; a corpus stores none of them."""
+
+    eos: int
+    pad: int
+    vision_start: int | None
+    vision_end: int | None
+    unconditional: tuple[int, ...]
+    """The ids of ``<unconditional>``: one if the tokenizer has it as a special token, else its pieces."""
+
+    @staticmethod
+    def from_sidecar(values: dict[str, Any]) -> "SpecialIds":
+        """Inverse of ``asdict`` after a trip through JSON."""
+        return SpecialIds(**(values | {"unconditional": tuple(values["unconditional"])}))
+
+
+class TextTokenizer:
+    """A Hugging Face `tokenizer.json`; text never yields a special id."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Load ``FOLDER/tokenizer.json``; `tokenizer_config.json` and `config.json` are used if they are there.
+
+        Raises:
+            DataError: the file is missing or not a tokenizer, or it has no end-of-text token.
+        """
+        self.folder = Path(folder)
+        path = self.folder / "tokenizer.json"
+        tokenizers = optional("tokenizers", extra="hf")
+        if not path.is_file():
+            raise DataError(
+                f"tokenizer='{folder}' is wrong. {path} is not there. Name a folder that holds a tokenizer.json."
+            )
+        try:
+            self._content = json.loads(path.read_bytes())
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(f"{path}: not a tokenizer ({str(error).splitlines()[0]}).") from error
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        """One more than the largest id."""
+        self.special = self._special()
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint: of the canonical `tokenizer.json` without padding and truncation, which do not change ids."""
+        content = {key: value for key, value in self._content.items() if key not in ("padding", "truncation")}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """int32 ids of each text, without special tokens."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(item.ids, dtype=np.int32) for item in encoded]
+
+    def padded_size(self) -> int:
+        """Rows of the base model's embedding: ``vocab_size`` of a `config.json` beside the tokenizer, else ``size``."""
+        config = self._beside("config.json")
+        rows = config.get("vocab_size", self.size)
+        return max(self.size, rows) if isinstance(rows, int) else self.size
+
+    def describe(self) -> dict[str, Any]:
+        """The ``tokenizer`` entry of a sidecar."""
+        return {
+            "kind": "hf",
+            "name": self.folder.resolve().name,
+            "size": self.size,
+            "eos": self.special.eos,
+            "sha256": self.sha256,
+            "special": asdict(self.special),
+        }
+
+    def _special(self) -> SpecialIds:
+        config = self._beside("tokenizer_config.json")
+        eos = self._first((*_names(config, "eos_token"), *_EOS))
+        if eos is None:
+            raise DataError(
+                f"{self.folder}: no end-of-text token. None of {', '.join(_EOS)} is in tokenizer.json; "
+                "name one as eos_token in tokenizer_config.json."
+            )
+        pad = self._first((*_names(config, "pad_token"), *_PAD))
+        whole = self._first((UNCONDITIONAL,))
+        pieces = (whole,) if whole is not None else tuple(self.encode([UNCONDITIONAL])[0].tolist())
+        return SpecialIds(
+            eos=eos,
+            pad=eos if pad is None else pad,
+            vision_start=self._first((_VISION_START,)),
+            vision_end=self._first((_VISION_END,)),
+            unconditional=pieces,
+        )
+
+    def _first(self, names: Sequence[str]) -> int | None:
+        """Id of the first of these tokens that exists."""
+        found = (self._tokenizer.token_to_id(name) for name in names)
+        return next((number for number in found if number is not None), None)
+
+    def _beside(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        if not path.is_file():
+            return {}
+        try:
+            return dict(json.loads(path.read_bytes()))
+        except ValueError as error:
+            raise DataError(f"{path}: not JSON ({error}).") from error
+
+
+def _names(config: dict[str, Any], key: str) -> tuple[str, ...]:
+    """A token of `tokenizer_config.json`, which writes it as a string or as {"content": ...}."""
+    value = config.get(key)
+    value = value.get("content") if isinstance(value, dict) else value
+    return (value,) if isinstance(value, str) else ()
