@@ -1,0 +1,11 @@
+"""What the fork server imports once, so that a rank starts in milliseconds. Starts no threads and no process group."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+torch.set_num_threads(1)
+
+import unimega.training.engine  # noqa: E402, F401

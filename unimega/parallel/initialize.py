@@ -1,0 +1,71 @@
+"""Initial weights that do not depend on the layout: each global tensor is drawn from its own name."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from unimega.config.model import ModelSpec
+from unimega.parallel.groups import Groups
+from unimega.parallel.parameter import checkpoint_parts
+
+
+def initialize_weights(stages: Sequence[nn.Module], spec: ModelSpec, groups: Groups, *, seed: int) -> None:
+    """Fill all parameters: norms 1, biases 0, matrices normal with the standard deviations of ``spec``.
+
+    Every rank draws the global tensor and keeps its part, so any tp, pp and dp start from the same numbers. With
+    ``init_vision = "text"`` the split weights of other modalities are drawn from text's name.
+    """
+    with torch.no_grad():
+        for stage in stages:
+            for name, values in stage.named_parameters():
+                if name.endswith("weight") and name.startswith("head") and spec.tied:
+                    name = "embedding.weight"
+                for key, part in checkpoint_parts(name, values).items():
+                    _fill(key, part, values, spec, groups, seed)
+
+
+def _fill(
+    key: str, part: torch.Tensor, parameter: torch.Tensor, spec: ModelSpec, groups: Groups, seed: int
+) -> None:
+    if "norm" in key:
+        part.fill_(1.0)
+        return
+    if ".bias" in key:
+        part.zero_()
+        return
+    tp, dim = groups.tp, parameter.partition_dim if parameter.tensor_model_parallel else None
+    shape = list(part.shape)
+    if dim is not None:
+        shape[dim] *= tp.size()
+    rows = getattr(parameter, "vocabulary_rows", None)
+    if rows is not None:
+        shape[0] = rows
+    if spec.init_vision == "text":
+        for other in spec.modalities[1:]:
+            key = key.removesuffix(f"_{other}") + f"_{spec.modalities[0]}" if key.endswith(f"_{other}") else key
+    whole = torch.empty(shape).normal_(std=_deviation(key, spec), generator=_generator(seed, key))
+    if rows is not None:
+        start = tp.rank() * part.shape[0]
+        mine = whole[start : start + part.shape[0]]
+        part.zero_()
+        part[: len(mine)] = mine
+    else:
+        part.copy_(whole if dim is None else whole.chunk(tp.size(), dim)[tp.rank()])
+
+
+def _deviation(key: str, spec: ModelSpec) -> float:
+    if key.startswith("embedding"):
+        return spec.init_embedding
+    if key.startswith("head"):
+        return spec.init_head
+    if ".output." in key or ".down." in key:
+        return spec.init_linear / math.sqrt(2 * len(spec.layers))
+    return spec.init_linear
+
+
+def _generator(seed: int, key: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,220 @@
+"""A model on its ranks: built, filled, wrapped, stepped. Loop, tools and tests all drive this one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from unimega import backend, log
+from unimega.batch import Microbatch
+from unimega.config.model import ModelSpec
+from unimega.config.rules import layout
+from unimega.config.schema import OptimizerConfig, ParallelConfig
+from unimega.layers.context import Build
+from unimega.models.build import build_stages
+from unimega.parallel import checkpoint, groups, initialize, optimizer, pipeline, replicas
+from unimega.parallel.linear import Layout
+from unimega.parallel.megatron_config import transformer_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+logger = log.get(__name__)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step of training says, equal on all ranks."""
+
+    loss: float
+    """Sum of weighted cross-entropies, weights divided by their global sum: the mean that is trained."""
+    sums: tuple[float, ...]
+    """Unweighted sum of cross-entropies by the modality of the input token."""
+    grad_norm: float
+    """Before clipping."""
+    applied: bool
+    """Whether the optimizer changed the parameters."""
+
+
+class Engine:
+    """Stages, gradients and optimizer of one model on this world.
+
+    Args:
+        spec: the model.
+        parallel: how ranks are cut up; the process group must exist (``backend.current().init_process_group``).
+        optimizer_config: None: no gradients buffers and no optimizer, for forward passes only.
+        precision: fp32 or bf16.
+        recompute: none, selective or full.
+        trainable: patterns of parameter names.
+        kernels: op -> implementation.
+        seed: of the initial weights.
+        initial: a checkpoint whose weights start the model in place of random ones.
+        bucket_parameters: see ``parallel.optimizer.wrap``.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        parallel: ParallelConfig,
+        *,
+        optimizer_config: OptimizerConfig | None,
+        precision: str = "fp32",
+        recompute: str = "none",
+        trainable: Sequence[str] = ("*",),
+        kernels: dict[str, str] | None = None,
+        seed: int = 1,
+        initial: str = "",
+        bucket_parameters: int | None = None,
+    ) -> None:
+        self.backend = backend.current()
+        self.spec, self.parallel, self.optimizer_config = spec, parallel, optimizer_config
+        self.groups = groups.initialize(parallel, seed=seed)
+        dtype = DTYPES[precision]
+        self.config = transformer_config(
+            spec, parallel, dtype=dtype, frees_sent_outputs=self.backend.collective == "nccl"
+        )
+        build = Build(
+            spec=spec,
+            layout=Layout(tp=self.groups.tp, sequence_parallel=self.config.sequence_parallel),
+            device=self.backend.device,
+            kernels=kernels or {},
+            selective_recompute=recompute == "selective",
+        )
+        self.stages = build_stages(
+            build,
+            config=self.config,
+            groups=self.groups,
+            layers_per_stage=layout(parallel, len(spec.layers)),
+            recompute_blocks=recompute == "full",
+            dtype=dtype,
+        )
+        if initial:
+            checkpoint.load_weights(initial, self.stages, self.groups)
+        else:
+            initialize.initialize_weights(self.stages, spec, self.groups, seed=seed)
+        self.parameter_names = self._names()
+        optimizer.freeze(self.stages, trainable, self.parameter_names)
+        for stage in self.stages:
+            stage.to(self.backend.device)
+        self.wrapped: Sequence[Any] = self.stages
+        self.overlap = parallel.overlap and optimizer_config is not None
+        self._checked = False
+        if optimizer_config is not None:
+            self.wrapped = optimizer.wrap(
+                self.stages, self.config, overlap=self.overlap, bucket_parameters=bucket_parameters
+            )
+            self.optimizer = optimizer.make_optimizer(
+                self.wrapped, self.config, optimizer_config, overlap=self.overlap
+            )
+
+    def close(self) -> None:
+        """Forget the groups, so that another engine can be made in this process."""
+        groups.destroy()
+
+    def forward_backward(
+        self, microbatches: Sequence[Microbatch], *, whole_gradients: bool = False, backward: bool = True
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Gradients of the sum of the micro-batches' losses, summed over dp.
+
+        Args:
+            microbatches: on the device, of equal T; their loss weights are divided by the global sum already.
+            whole_gradients: leave whole gradients on every dp rank (tests, tools).
+
+        Returns:
+            On the last stage (loss, [M] sums of cross-entropies by modality) per micro-batch, on the device.
+        """
+
+        def forward(batch: Microbatch, stage: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+            output, cross_entropy = stage(batch)
+            if cross_entropy is None:
+                return output, {}
+            by_modality = torch.stack([part.sum() for part in cross_entropy.split(batch.loss_counts)])
+            return output, {"result": (output.detach(), by_modality)}
+
+        if backward:
+            for stage in self.wrapped:
+                stage.zero_grad_buffer()
+            self.optimizer.zero_grad()
+        reports = self._run(microbatches, forward, backward=backward, whole_gradients=whole_gradients)
+        return [report["result"] for report in reports]
+
+    def step(self, microbatches: Sequence[Microbatch], *, lr: float) -> StepResult:
+        """One optimizer update. After the first one all replicas are compared bit for bit.
+
+        Collectives beside those of the model: one all-reduce of 4 (M + 1) bytes over the world.
+        """
+        assert self.optimizer_config is not None
+        optimizer.set_lr(self.optimizer, lr, self.optimizer_config)
+        results = self.forward_backward(microbatches)
+        applied, grad_norm, _ = self.optimizer.step()
+        if not self._checked:
+            self.check_replicas()
+            self._checked = True
+        loss, *sums = self.reduce_results(results)
+        return StepResult(loss=loss, sums=tuple(sums), grad_norm=float(grad_norm or 0.0), applied=bool(applied))
+
+    def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, ...]:
+        """(loss, sum of cross-entropies of each modality) without gradients."""
+        return self.reduce_results(self.forward_backward(microbatches, backward=False))
+
+    def logits(self, microbatches: Sequence[Microbatch]) -> list[torch.Tensor]:
+        """fp32 logits [T, rows of the file] in modality order of every micro-batch, on the last stage; empty elsewhere."""
+
+        def forward(batch: Microbatch, stage: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+            output, logits = stage(batch, logits=True)
+            return output, {} if logits is None else {"logits": logits}
+
+        with torch.no_grad():
+            return [report["logits"] for report in self._run(microbatches, forward, backward=False)]
+
+    def reduce_results(self, results: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, ...]:
+        """Sum (loss, sums by modality) over micro-batches and dp, for all ranks to see. One host sync."""
+        total = torch.zeros(1 + len(self.spec.modalities), dtype=torch.float32, device=self.backend.device)
+        if self.groups.tp.rank() == 0:
+            for loss, sums in results:
+                total += torch.cat([loss.reshape(1), sums]).float()
+        dist.all_reduce(total)
+        return tuple(total.tolist())
+
+    def check_replicas(self) -> None:
+        """Raise unless copies of every parameter are equal bit for bit."""
+        self.settle()
+        replicas.check_replicas(self.stages, self.groups)
+
+    def settle(self) -> None:
+        """Make parameters readable: finish overlapped gathers."""
+        optimizer.settle_parameters(self.wrapped, overlap=self.overlap)
+
+    def gather_gradients(self) -> dict[str, torch.Tensor] | None:
+        """Whole gradients by checkpoint key on rank 0, after ``forward_backward(whole_gradients=True)``."""
+        return replicas.gather_tensors(self.stages, self.groups, optimizer.main_grad)
+
+    def gather_parameters(self) -> dict[str, torch.Tensor] | None:
+        """Whole parameters by checkpoint key on rank 0."""
+        self.settle()
+        return replicas.gather_tensors(self.stages, self.groups, lambda parameter: parameter)
+
+    def save(self, directory: str, step: int, model: dict[str, Any]) -> None:
+        """Write the weights as one step of a checkpoint."""
+        self.settle()
+        checkpoint.save_weights(directory, step, self.stages, self.groups, model)
+
+    def _run(
+        self, microbatches: Sequence[Microbatch], forward: Any, *, backward: bool, whole_gradients: bool = False
+    ) -> list[dict[str, Any]]:
+        return pipeline.run_schedule(
+            self.wrapped,
+            microbatches,
+            forward,
+            total_rows=sum(microbatches[0].order.counts),
+            width=self.spec.width,
+            backward=backward,
+            whole_gradients=whole_gradients,
+        )
+
+    def _names(self) -> list[str]:
+        everyone: list[Any] = [None] * self.groups.pp.size()
+        mine = [name for stage in self.stages for name, _ in stage.named_parameters()]
+        dist.all_gather_object(everyone, mine, group=self.groups.pp)
+        return sorted({name for names in everyone for name in names})
