@@ -1,4 +1,4 @@
-"""What a process runs on: device, collectives, random numbers, streams, memory, rates. The only package that names a device."""
+"""What a process runs on: device, collectives, random numbers, streams, memory, rates. Only here have devices names."""
 
 from typing import TypeVar
 

@@ -18,7 +18,7 @@ GEMM_SECONDS = 0.2
 
 
 class Backend(abc.ABC):
-    """One kind of device: where tensors live, how ranks talk, and what the hardware can do. Get it from ``current()``."""
+    """One kind of device: where tensors live, how ranks talk, and what they can do. ``current()`` gives it."""
 
     name: str
     """``cpu``, ``cuda`` or ``npu``."""
@@ -113,6 +113,7 @@ class Backend(abc.ABC):
             self._gemm_flops[dtype] = 2 * self.gemm_size**3 / best
         return self._gemm_flops[dtype]
 
+    @abc.abstractmethod
     def select(self) -> None:
         """Make ``device`` this process's default device of its kind."""
 

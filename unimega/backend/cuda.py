@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from unimega.backend.base import Backend
 
@@ -44,46 +45,59 @@ class CudaBackend(Backend):
         # With more queues the order in which kernels start is free, and megatron-core's overlap relies on it.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
+    @override
     def select(self) -> None:
         torch.cuda.set_device(self.device)
 
+    @override
     def get_rng_state(self) -> torch.Tensor:
         return torch.cuda.get_rng_state(self.device)
 
+    @override
     def set_rng_state(self, state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state, self.device)
 
+    @override
     def seed(self, seed: int) -> None:
         with torch.cuda.device(self.device):
             torch.cuda.manual_seed(seed)
 
+    @override
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 
+    @override
     def current_stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)
 
+    @override
     def new_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)
 
+    @override
     def stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.stream(stream)
 
+    @override
     def memory_allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device)
 
+    @override
     def memory_peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device)
 
+    @override
     def reset_memory_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
 
+    @override
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         if dtype not in (torch.bfloat16, torch.float16):
             return None
         name = torch.cuda.get_device_name(self.device)
         return next((rate for part, rate in PEAK_FLOPS if re.search(rf"\b{part}\b", name)), None)
 
+    @override
     def to_tensor(self, array: np.ndarray) -> torch.Tensor:
         # The caching host allocator gives the pinned block out again only when the copy has ended.
         return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)

@@ -1,8 +1,8 @@
 """What lets an unmodified megatron-core run off CUDA: the names of CUDA in its modules lead somewhere else.
 
-The name ``torch`` inside ``megatron.core`` modules becomes a proxy whose factories and ``.cuda`` are replaced; torch itself
-stays what it is for everyone else. Only four methods that are reached through a tensor or a module are replaced globally, and
-they act only when megatron's code calls them. ``CPU_TABLE`` is the whole list; on CUDA nothing is installed.
+The name ``torch`` inside ``megatron.core`` modules becomes a proxy whose factories and ``.cuda`` are replaced; torch
+itself stays what it is for everyone else. Only four methods that are reached through a tensor or a module are replaced
+globally, and they act only when megatron's code calls them. ``CPU_TABLE`` is the whole list. On CUDA none is installed.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Row:
 
     where: str
     """``torch``, ``torch.cuda``, ``torch.cuda.nvtx``: in the proxies that megatron's modules see. ``torch.Tensor``,
-    ``torch.nn.Module``: the class itself, for calls from megatron's modules. Else a module of megatron: its attribute."""
+    ``torch.nn.Module``: the class itself, for calls from megatron's modules. Else: a module of megatron itself."""
     name: str
     new: Any
     """What it leads to; for a class a function of (original, self, ...), for the logger a filter."""
@@ -138,10 +138,13 @@ def _rng_is_not_split(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
+# fmt: off
 FACTORIES = (
-    "tensor empty zeros ones full arange rand randn randint randperm eye linspace as_tensor scalar_tensor tril_indices "
-    "empty_strided empty_like zeros_like ones_like full_like rand_like randn_like randint_like load"
-).split()
+    "tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint",
+    "randperm", "eye", "linspace", "as_tensor", "scalar_tensor", "tril_indices", "empty_strided", "empty_like",
+    "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "load",
+)
+# fmt: on
 
 CPU_TABLE: tuple[Row, ...] = (
     Row("torch.cuda", "current_device", lambda: CPU),
@@ -223,8 +226,8 @@ def _check_version() -> None:
         version = ""
     if version.split(".")[:2] != SUPPORTED.split("."):
         raise BackendError(
-            f"megatron-core={version or 'none'!r} is installed and unimega needs >=0.16,<0.17: every redirected name was "
-            "checked against that. Run: pip install 'megatron-core>=0.16,<0.17'."
+            f"megatron-core={version or 'none'!r} is installed and unimega needs >=0.16,<0.17, the one whose names "
+            "it has been checked against. Run: pip install 'megatron-core>=0.16,<0.17'."
         )
 
 

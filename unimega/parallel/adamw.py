@@ -7,7 +7,7 @@ import torch
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW as TransformerEngine's and Apex's FusedAdam keep it: ``step`` is an int of the group, not a tensor per parameter.
+    """AdamW as TransformerEngine's and Apex's FusedAdam keep it: ``step`` is an int of the group, never a tensor.
 
     megatron-core's distributed optimizer saves groups and moments apart and cannot reload torch's AdamW, whose ``step``
     lies with the moments. The arithmetic is torch's fused kernel, the state ``exp_avg`` and ``exp_avg_sq``.

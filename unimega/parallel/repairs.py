@@ -4,6 +4,7 @@ Each repair asks the module itself whether it is needed: with TransformerEngine 
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -89,6 +90,8 @@ def applied() -> tuple[str, ...]:
 @functools.cache
 def install() -> tuple[str, ...]:
     """Have every repair wait for the import of its module. Returns their names; a second call does nothing."""
+    # megatron-core warns at import, four times per rank, that it falls back to what the repairs replace.
+    warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", module=r"megatron\.")
     for repair in REPAIRS:
         after_import(repair.module, functools.partial(_repair, repair=repair))
     return tuple(repair.name for repair in REPAIRS)
