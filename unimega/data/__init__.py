@@ -1,1 +1,1 @@
-"""From rows to micro-batches: `.bin/.idx` corpora, mixture, packing, assembly, order. Arrays only; no device, no torch."""
+"""From rows to micro-batches: `.bin/.idx` corpora, mixture, packing, assembly, order. Arrays only, never torch."""

@@ -179,7 +179,7 @@ class Assembler:
             if found != modality:
                 names = self.vocabulary.names
                 raise DataError(
-                    f"{name} has id {number}, which the model's vocabulary counts as {names[found]}, not {names[modality]}. "
+                    f"{name} has id {number}, {names[found]} in the model's vocabulary, not {names[modality]}. "
                     f"model.vision_offset is {self.offset}; model.vision_ids lists the ids below it that are vision."
                 )
 

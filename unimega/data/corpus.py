@@ -81,6 +81,7 @@ class Corpus:
         self.num_documents = self.reader.num_documents
         if self.num_documents == 0:
             raise DataError(f"{self.reader.index_path}: 0 documents. A corpus needs at least one.")
+        self._check_modalities()
         sidecar = self.reader.sidecar
         self.special = SpecialIds.from_sidecar(sidecar["tokenizer"]["special"]) if sidecar else None
         self.fingerprint: str | None = sidecar["tokenizer"]["sha256"] if sidecar else None
@@ -135,8 +136,10 @@ class Corpus:
         caption = mode == layout.MODE_CAPTION
 
         def total(values: np.ndarray[Any, Any]) -> Ints:
-            sums = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
-            return sums[ends] - sums[starts]
+            sums = np.zeros(len(values) + 1, dtype=np.int64)
+            np.cumsum(values, out=sums[1:])
+            result: Ints = sums[ends] - sums[starts]
+            return result
 
         emitted = length + 2 * image + answer
         wanted = ~context if mask_instructions else np.ones_like(context)
@@ -182,13 +185,18 @@ class Corpus:
         inside = (at >= starts) & (at < ends)
         return (inside & wanted[at]).astype(np.int64)
 
+    def _check_modalities(self) -> None:
+        highest = int(layout.modality_of(self.reader.modes).max(initial=0))
+        if highest > layout.VISION:
+            raise DataError(f"{self.reader.index_path}: a sequence of modality {highest}; known are 0 text, 1 vision.")
+
     def _check_direction(self) -> None:
         run = DIRECTIONS.index(self.source.direction)
         for number in set(self._source_table[1].tolist()) - {BOTH, run}:
             if run != BOTH:
                 raise ConfigError(
-                    f"data.train direction='{self.source.direction}' of {self.name} is wrong. Rows of {self.reader.sidecar_path} are "
-                    f"{DIRECTIONS[number]} only. Use 'both' or preprocess them without data_type."
+                    f"data.train direction='{self.source.direction}' of {self.name} is wrong. Rows of "
+                    f"{self.reader.sidecar_path} are {DIRECTIONS[number]} only. Use 'both'."
                 )
 
     @cached_property

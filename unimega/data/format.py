@@ -51,7 +51,7 @@ def role_of(modes: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
 
 def is_context(modes: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:
     """Whether each sequence carries no loss when the run masks instructions."""
-    return (modes & np.int8(CONTEXT_BIT)) != 0
+    return (modes & np.int8(CONTEXT_BIT)).astype(np.bool_)
 
 
 @dataclass(frozen=True)

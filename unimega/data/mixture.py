@@ -90,7 +90,8 @@ class Mixture:
             raise ConfigError(f"data.pack_length={pack_length} is wrong. A pack holds at least 2 tokens.")
         if not pack_length <= window_tokens <= MAX_WINDOW_TOKENS:
             raise ConfigError(
-                f"data.window_tokens={window_tokens} is wrong. It must lie between pack_length={pack_length} and {MAX_WINDOW_TOKENS}."
+                f"data.window_tokens={window_tokens} is wrong. It must lie between pack_length={pack_length} and "
+                f"{MAX_WINDOW_TOKENS}."
             )
         if overlong not in OVERLONG:
             raise ConfigError(f"data.overlong='{overlong}' is wrong. Use {' or '.join(OVERLONG)}.")
@@ -98,7 +99,7 @@ class Mixture:
         self.seed, self.pack_length, self.window_tokens, self.overlong = seed, pack_length, window_tokens, overlong
 
     def window(self, number: int, first_pack: int, cursors: Sequence[Cursor]) -> Window:
-        """Window ``number``, which starts at ``first_pack`` with these cursors: each corpus up to its share of tokens."""
+        """Window ``number`` from ``first_pack`` and these cursors on: each corpus up to its share of tokens."""
         total = sum(corpus.weight for corpus in self.corpora)
         brought = []
         for corpus, cursor in zip(self.corpora, cursors, strict=True):
@@ -170,15 +171,16 @@ class Mixture:
     def _refuse(self, corpus: Corpus, documents: Ints, sizes: Ints, what: str) -> None:
         over = np.flatnonzero(sizes > self.pack_length)
         first = int(over[0])
+        document = int(documents[first])
         longest = -(-int(sizes.max()) // 128) * 128
         raise DataError(
-            f"{corpus.name} document {documents[first]} ({corpus.source_of(int(documents[first]))}): {what}{sizes[first]} tokens, "
-            f"data.pack_length is {self.pack_length}; so are {len(over)} of {len(sizes)} documents looked at. Raise it to >= {longest}"
-            + (" or set data.overlong = 'drop'." if not what else ".")
+            f"{corpus.name} document {document} ({corpus.source_of(document)}): {what}{sizes[first]} tokens, "
+            f"data.pack_length is {self.pack_length}; {len(over)} of the {len(sizes)} documents looked at are longer. "
+            f"Raise it to >= {longest}" + ("." if what else " or set data.overlong = 'drop'.")
         )
 
     def _packed(self, number: int, first_pack: int, brought: Sequence[_Brought]) -> Window:
-        """Interleave by share of tokens (in any prefix every corpus is within about one document of its share), then pack."""
+        """Interleave so that in any prefix each corpus is within about one document of its share, then pack."""
         keys = []
         for item in brought:
             length = item.choices.length

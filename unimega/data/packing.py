@@ -35,7 +35,7 @@ def best_fit(lengths: npt.NDArray[np.int64], pack_length: int, *, open_packs: in
         lengths: [items], each in 1 .. ``pack_length`` (the caller has seen to longer ones).
         pack_length: room of a pack.
     """
-    if len(lengths) and not (0 < int(lengths.min()) and int(lengths.max()) <= pack_length):
+    if len(lengths) and (int(lengths.min()) < 1 or int(lengths.max()) > pack_length):
         raise ValueError(f"lengths {lengths.min()}..{lengths.max()} do not lie in 1..{pack_length}")
     rooms: list[int] = []  # ascending; `packs` in the same order
     packs: list[list[int]] = []

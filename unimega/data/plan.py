@@ -158,7 +158,7 @@ class DataPlan:
         return Pack(tokens, modality, document, labels, mask)
 
     def targets(self, step: int, *, global_batch_packs: int) -> npt.NDArray[np.int64]:
-        """int64 [M]: targets per modality of the input token in all packs of a step, on every rank, before any is built."""
+        """int64 [M]: targets per modality of the input token in all packs of a step; none has to be built for it."""
         total = np.zeros(len(self.vocabulary.names), dtype=np.int64)
         number, stop = step * global_batch_packs, (step + 1) * global_batch_packs
         while number < stop:
@@ -196,8 +196,8 @@ class DataPlan:
         share = dp * micro_batch_packs
         if micro_batch_packs < 1 or global_batch_packs < 1 or global_batch_packs % share:
             raise ConfigError(
-                f"training.global_batch_packs={global_batch_packs} is wrong. It must be a multiple of dp x micro_batch_packs = "
-                f"{dp} x {micro_batch_packs}."
+                f"training.global_batch_packs={global_batch_packs} is wrong. It must be a multiple of "
+                f"dp x micro_batch_packs = {dp} x {micro_batch_packs}."
             )
         scale = np.asarray(loss_scale, dtype=np.float64).astype(np.float32)
         result = []
@@ -235,11 +235,13 @@ class DataPlan:
         total = max(1, sum(corpus.weight for corpus in self.corpora))
         used = int(window.choices.length.sum())
         room = window.packs.num_packs * self.recipe.pack_length
+        kind, extent = ("evaluation", "All") if self.evaluation else ("training", "First window")
         parts = [f"{c.name} {c.num_documents} documents {100 * c.weight / total:.2f} %" for c in self.corpora]
         dropped = sum(cursor.dropped for cursor in window.after)
         line = (
-            f"{'evaluation' if self.evaluation else 'training'} data: {'; '.join(parts)}. First window: {len(window.document)} "
-            f"documents, {used} tokens in {window.packs.num_packs} packs of {self.recipe.pack_length}, "
+            f"{kind} data: {'; '.join(parts)}. "
+            f"{extent}: {len(window.document)} documents, {used} tokens in "
+            f"{window.packs.num_packs} packs of {self.recipe.pack_length}, "
             f"padding {100 * (1 - used / max(1, room)):.2f} %, plan {window.hash()}"
         )
         return line + (f", {dropped} tokens dropped (longer than a pack)" if dropped else "")
@@ -285,8 +287,8 @@ class DataPlan:
         if window is not None:
             names = ", ".join(f"{self.corpora[window.corpus[i]].name} {window.document[i]}" for i in items[:8].tolist())
         raise DataError(
-            f"pack {number} (documents {names}): targets per modality are {found}, planned were {expected.tolist()}. A text holds "
-            "ids that the model counts as vision, or the files changed or are damaged."
+            f"pack {number} (documents {names}): targets per modality are {found}, planned were {expected.tolist()}. "
+            "A text holds ids that the model counts as vision, or the files changed or are damaged."
         )
 
 
@@ -295,8 +297,8 @@ def _refuse_equal_names(corpora: Sequence[Corpus]) -> None:
     for corpus in corpora:
         if corpus.name in seen:
             raise ConfigError(
-                f"data.train: '{seen[corpus.name].source.path}' and '{corpus.source.path}' are both named '{corpus.name}'. "
-                "The name seeds the order; rename one."
+                f"data.train: '{seen[corpus.name].source.path}' and '{corpus.source.path}' are both named "
+                f"'{corpus.name}'. The name seeds the order; rename one."
             )
         seen[corpus.name] = corpus
 
@@ -319,9 +321,7 @@ def _check_corpora(corpora: Sequence[Corpus], vocabulary: Vocabulary, tokenizer:
         special = special or corpus.special
         size = int(corpus.vocabulary["size"])
         if size > offset:
-            raise DataError(
-                f"{path}: its tokenizer has {size} ids, model.vision_offset is {offset}. Text ids would be codes; raise it."
-            )
+            raise DataError(f"{path}: its tokenizer has {size} ids, model.vision_offset is {offset}. Raise it.")
         if corpus.has_images:
             codes = vocabulary.codes[1] if len(vocabulary.codes) > 1 else 0
             if corpus.vocabulary["codebook"] != codes:

@@ -116,8 +116,8 @@ def _facts(job: Job, tokenizer: TextTokenizer, sources: list[_Source], already_e
 def _refuse_images(sources: Sequence[_Source], tokenizer: str) -> None:
     if any(source.tokens["vision"] for source in sources):
         raise DataError(
-            f"tokenizer='{tokenizer}' is wrong. It has no <|vision_start|> or no <|vision_end|>, and the rows hold images. "
-            "Add both as special tokens."
+            f"tokenizer='{tokenizer}' is wrong. It has no <|vision_start|> or no <|vision_end|>, and the rows hold "
+            "images. Add both as special tokens."
         )
 
 

@@ -5,7 +5,7 @@ import mmap
 import zlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,13 @@ import numpy.typing as npt
 from unimega.data import format as layout
 from unimega.errors import DataError
 
+_SIDECAR_KEYS = {
+    "tokenizer": ("size", "sha256", "special"),
+    "vocabulary": ("text", "codebook"),
+    "counts": ("documents", "sequences", "images"),
+    "bin": ("bytes", "block_bytes", "crc32"),
+    "idx": ("bytes", "crc32"),
+}
 _DAMAGED = "The file is damaged; write it again."
 
 
@@ -94,41 +101,20 @@ class IndexedCorpus:
         Raises:
             DataError: names the file, the entry and both values.
         """
-        name, size = self.index_path, self.dtype.itemsize
         if self.sequences:
-            if int(self.lengths.min()) < 0:
-                at = int(np.argmax(self.lengths < 0))
-                raise DataError(f"{name}: length of sequence {at} is {self.lengths[at]}, below 0. {_DAMAGED}")
-            bad = (self.pointers < 0) | (self.pointers % size != 0)
-            if bad.any():
-                at = int(np.argmax(bad))
-                raise DataError(
-                    f"{name}: sequence {at} starts at byte {self.pointers[at]}, not a multiple of {size}. {_DAMAGED}"
-                )
-            total = self.bin_path.stat().st_size
-            past = self.pointers > total - self.lengths.astype(np.int64) * size
-            if past.any():
-                at = int(np.argmax(past))
-                end = int(self.pointers[at]) + int(self.lengths[at]) * size
-                raise DataError(
-                    f"{self.bin_path}: {total} bytes, but sequence {at} ends at byte {end}. Copy interrupted?"
-                )
-            unused = (self.modes & np.int8(~0x3F)) != 0
-            if unused.any():
-                at = int(np.argmax(unused))
-                byte = int(self.modes[at]) & 0xFF
-                raise DataError(f"{name}: mode {byte:#04x} of sequence {at} has reserved bits set. {_DAMAGED}")
+            self._check_sequences()
         falling = np.diff(self.documents) < 0
         if falling.any():
             at = int(np.argmax(falling))
             raise DataError(
-                f"{name}: document {at} starts at sequence {self.documents[at]}, the next at {self.documents[at + 1]}. {_DAMAGED}"
+                f"{self.index_path}: document {at} starts at sequence {self.documents[at]}, the next at "
+                f"{self.documents[at + 1]}. {_DAMAGED}"
             )
         if self.sidecar is not None:
-            found = f"{zlib.crc32(self._raw):08x}"
-            if found != self.sidecar["idx"]["crc32"]:
+            found, expected = f"{zlib.crc32(self._raw.data):08x}", self.sidecar["idx"]["crc32"]
+            if found != expected:
                 raise DataError(
-                    f"{name}: crc32 is {found}, {self.sidecar_path.name} says {self.sidecar['idx']['crc32']}. {_DAMAGED}"
+                    f"{self.index_path}: crc32 is {found}, {self.sidecar_path.name} says {expected}. {_DAMAGED}"
                 )
 
     def check_blocks(self) -> None:
@@ -141,11 +127,38 @@ class IndexedCorpus:
             return
         block = int(self.sidecar["bin"]["block_bytes"])
         for number, expected in enumerate(self.sidecar["bin"]["crc32"]):
-            found = f"{zlib.crc32(self._bytes[number * block : (number + 1) * block]):08x}"
+            found = f"{zlib.crc32(self._bytes[number * block : (number + 1) * block].data):08x}"
             if found != expected:
                 raise DataError(
-                    f"{self.bin_path}: crc32 of block {number} is {found}, {self.sidecar_path.name} says {expected}. {_DAMAGED}"
+                    f"{self.bin_path}: crc32 of block {number} is {found}, {self.sidecar_path.name} says {expected}. "
+                    f"{_DAMAGED}"
                 )
+
+    def _check_sequences(self) -> None:
+        name, size, total = self.index_path, self.dtype.itemsize, self.bin_path.stat().st_size
+        if int(self.lengths.min()) < 0:
+            at = int(np.argmax(self.lengths < 0))
+            raise DataError(f"{name}: length of sequence {at} is {self.lengths[at]}, below 0. {_DAMAGED}")
+        bad = (self.pointers < 0) | (self.pointers % size != 0)
+        if bad.any():
+            at = int(np.argmax(bad))
+            raise DataError(
+                f"{name}: sequence {at} starts at byte {self.pointers[at]}, not a multiple of {size}. {_DAMAGED}"
+            )
+        past = self.pointers > total - self.lengths.astype(np.int64) * size
+        if past.any():
+            self._refuse_end(int(np.argmax(past)), total)
+        unused = (self.modes & np.int8(~0x3F)) != 0
+        if unused.any():
+            at = int(np.argmax(unused))
+            byte = int(self.modes[at]) & 0xFF
+            raise DataError(f"{name}: mode {byte:#04x} of sequence {at} has reserved bits set. {_DAMAGED}")
+
+    def _refuse_end(self, sequence: int, total: int) -> NoReturn:
+        end = int(self.pointers[sequence]) + int(self.lengths[sequence]) * self.dtype.itemsize
+        raise DataError(
+            f"{self.bin_path}: {total} bytes, but sequence {sequence} ends at byte {end}. Copy interrupted?"
+        )
 
     def _decide_modes(self, size: int, header: layout.Header) -> bool:
         without, with_modes = header.bytes_without_modes, header.bytes_with_modes
@@ -159,8 +172,8 @@ class IndexedCorpus:
             raise DataError(f"{self.sidecar_path}: not there, but {self.index_path.name} has modes. Copy it too.")
         if self.sidecar is not None and not has_modes:
             raise DataError(
-                f"{self.index_path}: {size} bytes, no modes, but {self.sidecar_path.name} is there: {with_modes} are needed. "
-                "Copy interrupted?"
+                f"{self.index_path}: {size} bytes, no modes, but {self.sidecar_path.name} is there: {with_modes} are "
+                "needed. Copy interrupted?"
             )
         return has_modes
 
@@ -172,12 +185,8 @@ class IndexedCorpus:
                 f"not from 0 to {self.sequences}. {_DAMAGED}"
             )
         size = self.bin_path.stat().st_size
-        if self.sequences:
-            end = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
-            if end > size:
-                raise DataError(
-                    f"{self.bin_path}: {size} bytes, but sequence {self.sequences - 1} ends at byte {end}. Copy interrupted?"
-                )
+        if self.sequences and int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize > size:
+            self._refuse_end(self.sequences - 1, size)
         if self.sidecar is None:
             return
         pairs = (
@@ -189,7 +198,8 @@ class IndexedCorpus:
         for path, what, found, expected in pairs:
             if found != expected:
                 raise DataError(
-                    f"{path}: {found} {what}, but {self.sidecar_path.name} says {expected}. Files of different runs, or a copy interrupted?"
+                    f"{path}: {found} {what}, but {self.sidecar_path.name} says {expected}. "
+                    "Files of different runs, or a copy interrupted?"
                 )
 
 
@@ -225,12 +235,13 @@ def _read_sidecar(path: Path) -> dict[str, Any] | None:
     try:
         sidecar = json.loads(path.read_bytes())
         known = sidecar["format"] == layout.SIDECAR_FORMAT and sidecar["version"] == layout.SIDECAR_VERSION
-        _ = sidecar["bin"]["bytes"], sidecar["bin"]["block_bytes"], sidecar["bin"]["crc32"], sidecar["idx"]["crc32"]
-        _ = sidecar["counts"]["documents"], sidecar["counts"]["sequences"], sidecar["idx"]["bytes"]
-        _ = sidecar["tokenizer"]["sha256"], sidecar["vocabulary"]["codebook"], sidecar["sources"]
+        missing = [f"{part}.{key}" for part, keys in _SIDECAR_KEYS.items() for key in keys if key not in sidecar[part]]
+        if missing:
+            raise KeyError(missing[0])
+        _ = [(source["first_document"], source["path"]) for source in sidecar["sources"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: not a sidecar of {layout.SIDECAR_FORMAT} ({type(error).__name__}: {error}). Write the corpus again."
+            f"{path}: not a sidecar of {layout.SIDECAR_FORMAT} ({type(error).__name__}: {error}). {_DAMAGED}"
         ) from error
     if not known:
         raise DataError(

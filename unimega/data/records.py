@@ -164,11 +164,12 @@ def _text(value: Any, name: str) -> str:
         raise BadRow(f"{name} is a {type(value).__name__}, a string is needed")
     if _absent(value):
         raise BadRow(f"{name} is empty or missing")
+    assert isinstance(value, str)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRow(f"{name} holds half a surrogate pair at character {error.start}") from error
-    return str(value)
+    return value
 
 
 def _token_ids(value: Any, size: int) -> Ids:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from unimega.data.format import Ids
-from unimega.errors import DataError, optional
+from unimega.errors import DataError
 
 UNCONDITIONAL = "<unconditional>"
 _VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -31,8 +32,17 @@ class SpecialIds:
 
     @staticmethod
     def from_sidecar(values: dict[str, Any]) -> "SpecialIds":
-        """Inverse of ``asdict`` after a trip through JSON."""
-        return SpecialIds(**(values | {"unconditional": tuple(values["unconditional"])}))
+        """Inverse of ``asdict`` after a trip through JSON.
+
+        Raises:
+            DataError: an entry is missing or unknown.
+        """
+        try:
+            return SpecialIds(**(values | {"unconditional": tuple(values["unconditional"])}))
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"special ids {values} of a sidecar are not complete ({error}). Write the corpus again."
+            ) from error
 
 
 class TextTokenizer:
@@ -46,14 +56,13 @@ class TextTokenizer:
         """
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
-        tokenizers = optional("tokenizers", extra="hf")
         if not path.is_file():
             raise DataError(
                 f"tokenizer='{folder}' is wrong. {path} is not there. Name a folder that holds a tokenizer.json."
             )
         try:
             self._content = json.loads(path.read_bytes())
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise DataError(f"{path}: not a tokenizer ({str(error).splitlines()[0]}).") from error
         self._tokenizer.encode_special_tokens = True

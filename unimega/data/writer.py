@@ -16,7 +16,7 @@ from unimega.errors import DataError
 
 
 class CorpusWriter:
-    """Writes documents to ``PREFIX.bin.tmp``; ``finish`` publishes. Leaving the ``with`` block without it removes all traces."""
+    """Writes documents to ``PREFIX.bin.tmp``; ``finish`` publishes them. Leaving ``with`` before removes all traces."""
 
     def __init__(self, prefix: str | Path, *, overwrite: bool = False) -> None:
         """Start a corpus.
@@ -70,7 +70,7 @@ class CorpusWriter:
         """Write sidecar and index, sync, rename `.bin`, `.json` and last `.idx`; returns the sidecar.
 
         Args:
-            facts: ``tokenizer``, ``vocabulary``, ``sources`` and ``made_by`` of the sidecar; ``counts`` are added to ours.
+            facts: ``tokenizer``, ``vocabulary``, ``sources``, ``made_by`` of the sidecar; ``counts`` join ours.
 
         Raises:
             DataError: the disk is full or a file cannot be written; nothing is left behind.
@@ -87,7 +87,8 @@ class CorpusWriter:
             self._file.write(data)
         except OSError as error:
             raise DataError(
-                f"{self.prefix}.bin.tmp: {len(data)} bytes cannot be written ({error.strerror}). Free space and run again."
+                f"{self.prefix}.bin.tmp: {len(data)} bytes cannot be written ({error.strerror}). "
+                "Free space and run again."
             ) from error
         self._bytes += len(data)
         while data:

@@ -25,7 +25,7 @@ def load(name: str, tokenizer: TextTokenizer | None) -> Templates:
     """The prompts called ``none``, ``default``, ``chinese`` or lying in a TOML file of that path.
 
     Raises:
-        ConfigError: no such file, unknown keys, a prompt that would melt into the caption, or no tokenizer to encode with.
+        ConfigError: no such file, unknown keys, a prompt that would melt into the caption, or no tokenizer.
     """
     if name == "none":
         return Templates()
