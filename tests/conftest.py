@@ -28,7 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item, count in wanted:
         if found < count:
-            item.add_marker(pytest.mark.skip(reason=f"needs {count} CUDA device(s), {found} found: run on a GPU machine"))
+            item.add_marker(
+                pytest.mark.skip(reason=f"needs {count} CUDA device(s), {found} found: run on a GPU machine")
+            )
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,9 @@ import pytest
 from unimega.data import order, packing
 
 if importlib.util.find_spec("unimega._data_index") is None:
-    pytest.skip("unimega._data_index is not compiled: it needs a C++ compiler, then `make setup`", allow_module_level=True)
+    pytest.skip(
+        "unimega._data_index is not compiled: it needs a C++ compiler, then `make setup`", allow_module_level=True
+    )
 native = importlib.import_module("unimega._data_index")
 
 SPEC_START = {10: [5, 0, 2, 7, 9, 1, 3, 6, 4, 8], 5000: [4768, 680, 3915, 3249, 1327, 2955]}
