@@ -8,7 +8,7 @@ from importlib import metadata
 
 from unimega.errors import run_cli
 
-PACKAGES = ("torch", "megatron-core", "numpy", "triton", "torch-npu", "transformers", "transformer-engine", "flash-attn")
+PACKAGES = ("torch", "megatron-core", "numpy", "transformers", "triton", "torch-npu", "transformer-engine")
 
 
 def main(argv: Sequence[str]) -> None:
