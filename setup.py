@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 
 
 def extensions() -> list[Extension]:
-    """``unimega._data_index``, or nothing where pybind11 is missing; ``optional`` turns a failed build into a warning."""
+    """``unimega._data_index``, or nothing where pybind11 is missing. ``optional``: a failed build is a warning."""
     try:
         import pybind11
     except ImportError:

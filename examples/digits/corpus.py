@@ -67,7 +67,7 @@ def split_scans(split: int) -> Split:
 
 @dataclass(frozen=True)
 class Codebook:
-    """A vector quantiser: a code is the nearest of K centres to a patch of 2 x 2 pixels, 16 codes a scan in raster order."""
+    """A vector quantiser: a code names the centre nearest to a patch of 2 x 2 pixels; 16 codes a scan, in raster order."""
 
     centres: Scans
     """float32 [K, 4]."""
@@ -98,7 +98,7 @@ def _patches(scans: Scans) -> Scans:
 
 
 def warp(scans: Scans, random: np.random.Generator) -> Scans:
-    """A copy of each scan, [N, 8, 8], under its own small random affine map: drawn at 4 times the size, then averaged."""
+    """A copy of each scan [N, 8, 8] under its own small random affine map: drawn at 4 times the size, then averaged."""
 
     def uniform(bound: float) -> np.ndarray[Any, np.dtype[np.float64]]:
         return random.uniform(-bound, bound, len(scans))
@@ -106,15 +106,9 @@ def warp(scans: Scans, random: np.random.Generator) -> Scans:
     angle, scale, shear = uniform(ROTATION), 1 + uniform(SCALE), uniform(SHEAR)
     unit = SIDE / 2  # the grid's coordinates run from -1 to 1
     right, down = uniform(SHIFT) / unit, uniform(SHIFT) / unit
-    rows = (
-        np.cos(angle) / scale,
-        shear - np.sin(angle) / scale,
-        right,
-        np.sin(angle) / scale,
-        np.cos(angle) / scale,
-        down,
-    )
-    maps = torch.from_numpy(np.stack(rows, 1).reshape(-1, 2, 3).astype(np.float32))
+    cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
+    rows = np.stack((cos, shear - sin, right, sin, cos, down), 1)
+    maps = torch.from_numpy(rows.reshape(-1, 2, 3).astype(np.float32))
     large = torch.nn.functional.interpolate(
         torch.from_numpy(scans)[:, None], scale_factor=4, mode="bicubic", align_corners=False
     )
@@ -153,7 +147,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def training_rows(data: Split, book: Codebook, split: int) -> tuple[Iterator[dict[str, Any]], Iterator[dict[str, Any]]]:
-    """The rows of ``digits`` (each scan under each of its captions) and of ``digits_warped`` (a scan, or a copy, under one)."""
+    """The rows of ``digits``, each scan under all its captions, and of ``digits_warped``, scans and copies under one."""
     scans, labels = data.scans[data.train], data.labels[data.train]
     clean = book.encode(scans)
     copies = [clean, *(book.encode(warp(scans, np.random.default_rng((split, copy)))) for copy in range(1, COPIES + 1))]
@@ -183,7 +177,7 @@ def held_out_rows(data: Split, book: Codebook, split: int, kind: str) -> Iterato
 
 
 def build(output: Path, *, split: int = 10) -> dict[str, Any]:
-    """Write the whole corpus below ``output`` and return what ``corpus.json`` holds; one of this split is kept as it is."""
+    """Write the corpus below ``output`` and return what ``corpus.json`` holds; a whole one of this split is kept."""
     done = output / "corpus.json"
     if done.is_file():
         found = json.loads(done.read_text())
@@ -215,13 +209,17 @@ def _write_set(prefix: Path, rows: Iterator[dict[str, Any]]) -> int:
     source = prefix.with_suffix(".jsonl")
     lines = [json.dumps(row) + "\n" for row in rows]
     source.write_text("".join(lines))
-    subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source), "--output", str(prefix)]
-        + ["--tokenizer", str(prefix.parent / "tokenizer"), "--codebook", str(CODEBOOK)]
-        + ["--codes-per-image", str(CODES), "--overwrite"],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "preprocess_data.py"),
+        "--input",
+        str(source),
+        "--output",
+        str(prefix),
+    ]
+    command += ["--tokenizer", str(prefix.parent / "tokenizer"), "--codebook", str(CODEBOOK)]
+    command += ["--codes-per-image", str(CODES), "--overwrite"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return len(lines)
 
 
