@@ -76,9 +76,9 @@ def _compare(parameters: dict[str, nn.Parameter], group: dist.ProcessGroup, axis
     if group.size() == 1 or not parameters:
         return
     sums = torch.stack([_checksum(parameter) for parameter in parameters.values()])
-    everyone = sums.new_empty(group.size(), len(sums))
+    everyone = sums.new_empty(group.size() * len(sums))
     dist.all_gather_into_tensor(everyone, sums, group=group)
-    table = everyone.cpu()
+    table = everyone.view(group.size(), -1).cpu()
     for at, name in enumerate(parameters):
         if len(set(table[:, at].tolist())) > 1:
             ranks = [rank for rank in range(group.size()) if table[rank, at] != table[0, at]]

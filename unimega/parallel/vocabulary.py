@@ -99,9 +99,10 @@ class Head(nn.Module):
         """fp32 logits [T, rows] of every row of the file, gathered over tp: T*V*4 bytes. For tools, not for training."""
         local = F.linear(self._whole(x_tD), weight_vD).float()
         if self.layout.size > 1:
-            whole = local.new_empty(self.layout.size, *local.shape)
+            rows, columns = local.shape
+            whole = local.new_empty(self.layout.size * rows, columns)
             torch.distributed.all_gather_into_tensor(whole, local.contiguous(), group=self.layout.tp)
-            local = whole.transpose(0, 1).reshape(local.shape[0], -1)
+            local = whole.view(-1, rows, columns).transpose(0, 1).reshape(rows, -1)
         return local[:, : self.rows]
 
     def _whole(self, x_tD: torch.Tensor) -> torch.Tensor:

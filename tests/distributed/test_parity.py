@@ -1,0 +1,195 @@
+"""Every axis, for every preset: several ranks give the loss, every gradient and the updated parameters of one rank.
+
+fp32 on gloo. A case trains two steps on four micro-batches of different make-up; all cases of one world size share a world.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_dist
+from tests.models import PRESETS, SKIP, microbatch, random_tensor
+from tests.tolerances import PARITY_FP32, relative_error
+from unimega.config.schema import OptimizerConfig, ParallelConfig
+
+pytestmark = pytest.mark.timeout(500)
+
+KINDS = ("mixed", "text", "image", "mostly image")
+OPTIMIZER = OptimizerConfig(lr=1e-2, min_lr=1e-2, weight_decay=0.01, clip=0.5, eps=1e-3, schedule="constant")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model under one layout."""
+
+    preset: str
+    layout: str = "one rank"
+    parallel: ParallelConfig = ParallelConfig(overlap=False)  # noqa: RUF009
+    world: int = 1
+    recompute: str = "none"
+    kinds: tuple[str, ...] = KINDS
+    precision: str = "fp32"
+    trainable: tuple[str, ...] = ("*",)
+
+
+def layouts(number: int) -> list[dict[str, Any]]:
+    """The table of the parity rule; ``number`` of layers."""
+    uneven = (1, number - 2, 0, 1)
+    sp = dict(tp=2, sequence_parallel=True)
+    return [
+        dict(layout="tp 2", world=2, parallel=ParallelConfig(tp=2)),
+        dict(layout="tp 2 + sp", world=2, parallel=ParallelConfig(**sp)),
+        dict(layout="pp 2", world=2, parallel=ParallelConfig(pp=2)),
+        dict(layout="pp 2 interleaved", world=2, parallel=ParallelConfig(pp=2, vpp=2)),
+        dict(layout="pp 2 interleaved, uneven", world=2, parallel=ParallelConfig(pp=2, vpp=2, layout=uneven)),
+        dict(layout="dp 2", world=2, parallel=ParallelConfig(overlap=False)),
+        dict(layout="dp 2 overlapped", world=2, parallel=ParallelConfig()),
+        dict(layout="full recompute, tp 2 + sp", world=2, parallel=ParallelConfig(**sp), recompute="full"),
+        dict(layout="selective recompute, pp 2", world=2, parallel=ParallelConfig(pp=2), recompute="selective"),
+        dict(layout="tp 2 x pp 2", world=4, parallel=ParallelConfig(tp=2, pp=2)),
+    ]
+
+
+def all_cases() -> list[Case]:
+    cases = [Case(preset, **case) for preset, model in PRESETS.items() for case in layouts(len(model.layers))]
+    for case in (*layouts(5)[:2], *layouts(5)[5:8]):
+        cases.append(Case("skip", **case))
+    for kinds in (("text",) * 4, ("image",) * 4):
+        for case in layouts(4)[1:8]:
+            cases.append(Case("unix", kinds=kinds, **case | dict(layout=f"{case['layout']}, all {kinds[0]}")))
+    four = dict(world=4, layout="tp 2 + sp x dp 2", parallel=ParallelConfig(tp=2, sequence_parallel=True))
+    deep = dict(world=4, layout="pp 2 interleaved x dp 2", parallel=ParallelConfig(pp=2, vpp=2))
+    cases += [Case(preset, **case) for preset in ("unix tied", "mot") for case in (four, deep)]
+    frozen = dict(trainable=("*_vision",))
+    for case in (layouts(4)[1], layouts(4)[2], layouts(4)[6]):
+        cases.append(Case("unix", **frozen, **case | dict(layout=f"{case['layout']}, text frozen")))
+    return cases
+
+
+def model_of(case: Case):
+    return SKIP if case.preset == "skip" else PRESETS[case.preset]
+
+
+def fill(stages, spec, groups, *, seed):
+    """Stands in for the engine's initial weights: norms and biases are random too."""
+    from unimega.parallel.parameter import checkpoint_parts
+
+    tp = groups.tp
+    with torch.no_grad():
+        for stage in stages:
+            for name, values in stage.named_parameters():
+                key = "embedding.weight" if name == "head.weight" and spec.tied else name
+                dim = values.partition_dim if values.tensor_model_parallel else None
+                for part_key, part in checkpoint_parts(key, values).items():
+                    shape = list(part.shape)
+                    if dim is not None:
+                        shape[dim] *= tp.size()
+                    if rows := getattr(values, "vocabulary_rows", 0):
+                        whole = torch.zeros(shape)
+                        whole[:rows] = random_tensor(part_key, [rows, shape[1]])
+                    else:
+                        whole = random_tensor(part_key, shape)
+                    part.copy_(whole if dim is None else whole.chunk(tp.size(), dim)[tp.rank()])
+
+
+def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
+    """On every rank of a world: what each case computes (gradients and parameters on rank 0 only)."""
+    from unimega.parallel import initialize
+
+    initialize.initialize_weights = fill
+    return [run_case(case) for case in cases]
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    from unimega import backend
+    from unimega.parallel.optimizer import set_lr
+    from unimega.training.engine import Engine
+
+    model = model_of(case)
+    engine = Engine(
+        model,
+        case.parallel,
+        optimizer_config=OPTIMIZER,
+        precision=case.precision,
+        recompute=case.recompute,
+        trainable=case.trainable,
+        bucket_parameters=2000,
+    )
+    try:
+        tp, dp = engine.groups.tp, engine.groups.dp
+        share = len(case.kinds) // dp.size()
+
+        def batches(step: int):
+            made = [
+                microbatch(
+                    model,
+                    kind,
+                    100 * step + number,
+                    scale=1 / 90,
+                    tp_rank=tp.rank(),
+                    tp=tp.size(),
+                    sp=case.parallel.sequence_parallel,
+                )
+                for number, kind in enumerate(case.kinds)
+            ]
+            return [backend.to_device(batch) for batch in made[dp.rank() * share : (dp.rank() + 1) * share]]
+
+        set_lr(engine.optimizer, OPTIMIZER.lr, OPTIMIZER)
+        results = engine.forward_backward(batches(0), whole_gradients=True)
+        gradients = engine.gather_gradients()
+        first = engine.reduce_results(results)
+        _, norm, _ = engine.optimizer.step()
+        second = engine.step(batches(1), lr=OPTIMIZER.lr)  # compares replicas
+        engine.check_replicas()
+        return dict(
+            loss=torch.tensor([*first, second.loss, *second.sums]),
+            norm=torch.tensor([float(norm), second.grad_norm]),
+            gradients=gradients,
+            parameters=engine.gather_parameters(),
+        )
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[Case, dict[str, Any]]:
+    """All cases and their references, one world per size."""
+    cases = all_cases()
+    references = list({reference(case) for case in cases})
+    found: dict[Case, dict[str, Any]] = {}
+    for world in (1, 2, 4):
+        mine = references if world == 1 else [case for case in cases if case.world == world]
+        found.update(zip(mine, run_dist(run_cases, world=world, args=(mine,), timeout=400)[0], strict=True))
+    return found
+
+
+def reference(case: Case) -> Case:
+    return Case(case.preset, kinds=case.kinds, trainable=case.trainable)
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: f"{case.preset} | {case.layout}")
+def test_equals_one_rank(case: Case, results) -> None:
+    compare(results[case], results[reference(case)], PARITY_FP32)
+
+
+def compare(got: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    for what in ("loss", "norm"):
+        assert relative_error(got[what], expected[what]) <= tolerance, what
+    for what in ("gradients", "parameters"):
+        assert got[what].keys() == expected[what].keys()
+        for key, wanted in expected[what].items():
+            if not wanted.any():
+                assert not got[what][key].any(), f"{what} of {key} should be zero"
+            assert relative_error(got[what][key], wanted) <= tolerance, f"{what} of {key}"
+
+
+def test_bf16_keeps_fp32_main_gradients() -> None:
+    """dp 2 in bf16 sums the same bf16 products in fp32: equal to one rank but for the order of a few fp32 additions."""
+    one = Case("unix", precision="bf16")
+    two = replace(one, world=2, parallel=ParallelConfig())
+    expected, got = (run_dist(run_cases, world=case.world, args=([case],))[0][0] for case in (one, two))
+    for key, wanted in expected["gradients"].items():
+        assert wanted.dtype == torch.float32
+        assert relative_error(got["gradients"][key], wanted) <= PARITY_FP32, key
