@@ -5,7 +5,7 @@ checkpoint groups per KV head (``[q.., k, v] x head_width``). The same table tak
 out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,13 @@ from unimega.errors import CheckpointError
 Shape = tuple[int, ...]
 
 _TWO_MODALITIES = 2
+_SPLITS: dict[str, list[set[str]]] = {
+    "qwen": [set()],
+    "x": [set(), {"ffn"}, {"attention", "output_projection", "norms", "ffn"}],
+    "moe": [set(), {"ffn"}],
+    "mot": [{"attention", "ffn"}, {"attention", "output_projection", "ffn"}],
+}
+"""What a layer may be split in, by family: copies of anything else have no names there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +32,7 @@ class Layout:
     """How a family of folders spells the copies of a weight that belong to vision."""
 
     family: Literal["qwen", "x", "moe", "mot"]
-    """``qwen``: dense, no copies. The original Uni-X: ``x`` twin layers, ``moe`` FFN copies, ``mot`` attention copies too."""
+    """``qwen``: dense, no copies. Original Uni-X: ``x`` twin layers, ``moe`` FFN copies, ``mot`` attention copies too."""
     encode: int = 0
     """``x``: layers below this have twins in ``vision_encode_layers``, later ones in ``vision_decode_layers``."""
 
@@ -60,7 +67,7 @@ class Row:
             return [tensor]
         sizes = [shape[0] // self.kv_heads for shape in self.shapes]
         grouped = tensor.reshape(self.kv_heads, -1, *tensor.shape[1:])
-        return [part.flatten(0, 1).contiguous() for part in grouped.split(sizes, dim=1)]
+        return [part.flatten(0, 1).contiguous() for part in torch.split(grouped, sizes, dim=1)]
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,24 @@ class Table:
     rows: tuple[Row, ...]
     tied: bool
 
-    def to_engine(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def to_engine(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        shapes: Mapping[str, Shape] | None = None,
+        report: Callable[[Row], None] = lambda row: None,
+    ) -> dict[str, torch.Tensor]:
         """All tensors of a folder as checkpoint keys.
+
+        Args:
+            tensors: by name in the folder; read one after another.
+            shapes: of ``tensors``, where they are known without reading them.
+            report: hears of every row before it is read.
 
         Raises:
             CheckpointError: a tensor is missing, of another shape, not of this model, or a head at odds with the tie.
         """
-        self.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        self.check(shapes or {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         for name in self.dropped(tensors):
             if not torch.equal(tensors[name], tensors["model.embed_tokens.weight"]):
                 raise CheckpointError(
@@ -84,7 +102,11 @@ class Table:
                     "tie_word_embeddings=true. One of the two is wrong: set tie_word_embeddings to false to keep both, "
                     "or delete the tensor."
                 )
-        return {row.key: row.join([tensors[name] for name in row.names]) for row in self.rows}
+        out: dict[str, torch.Tensor] = {}
+        for row in self.rows:
+            report(row)
+            out[row.key] = row.join([tensors[name] for name in row.names])
+        return out
 
     def to_hf(self, tensors: Mapping[str, torch.Tensor], *, gradients: bool = False) -> dict[str, torch.Tensor]:
         """Checkpoint keys as tensors under the names of the folder.
@@ -238,12 +260,7 @@ def _check_spelling(names: _Names, layer: LayerSpec) -> None:
         "norms": layer.norms,
     }
     split = {part for part, sharing in parts.items() if sharing == "split"} | ({"ffn"} if layer.ffn else set())
-    possible: dict[str, list[set[str]]] = {
-        "qwen": [set()],
-        "x": [set(), {"ffn"}, {*parts, "ffn"}],
-        "moe": [set(), {"ffn"}],
-        "mot": [{"attention", "ffn"}, {"attention", "output_projection", "ffn"}],
-    }[family]
+    possible = _SPLITS[family]
     shared_beside = layer.shared_ffn and layer.ffn
     if split not in possible or (shared_beside and (family != "x" or names.twin)):
         raise CheckpointError(
