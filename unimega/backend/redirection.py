@@ -33,7 +33,8 @@ class Row:
 
     where: str
     """``torch``, ``torch.cuda``, ``torch.cuda.nvtx``: in the proxies that megatron's modules see. ``torch.Tensor``,
-    ``torch.nn.Module``: the class itself, for calls from megatron's modules. Else: a module of megatron itself."""
+    ``torch.nn.Module``: the class itself, for calls from megatron's modules. ``logging``: a logger. Else: a module of
+    megatron itself."""
     name: str
     new: Any
     """What it leads to; for a class a function of (original, self, ...), for the logger a filter."""
@@ -179,7 +180,7 @@ CPU_TABLE: tuple[Row, ...] = (
     Row(f"{MEGATRON}.jit", "jit_fuser", _as_it_is),  # its body has taken torch.compile already
     Row(f"{MEGATRON}.tensor_parallel.random", "_get_cuda_rng_state", _get_rng_state),
     Row(f"{MEGATRON}.tensor_parallel.random", "_set_cuda_rng_state", _set_rng_state),
-    Row(f"{MEGATRON}.tensor_parallel.random", "logger", _rng_is_not_split),
+    Row("logging", f"{MEGATRON}.tensor_parallel.random", _rng_is_not_split),
     Row(f"{MEGATRON}.transformer.moe.moe_utils", "maybe_move_tensor_to_cpu", _maybe_move_tensor_to_cpu),
     Row(f"{MEGATRON}.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", _maybe_move_tensor_to_cpu),
 )
@@ -260,15 +261,14 @@ def _apply(table: Sequence[Row]) -> None:
         if row.where in GLOBAL:
             owner = GLOBAL[row.where]
             setattr(owner, row.name, _for_megatron(getattr(owner, row.name), row.new))
+        elif row.where == "logging":
+            logging.getLogger(row.name).addFilter(row.new)
         elif row.where not in PROXIED:
             after_import(row.where, functools.partial(_set, row=row))
 
 
 def _set(module: ModuleType, *, row: Row) -> None:
-    if row.name == "logger":
-        logging.getLogger(module.__name__).addFilter(row.new)
-    else:
-        setattr(module, row.name, row.new)
+    setattr(module, row.name, row.new)
 
 
 def _proxies(table: Sequence[Row]) -> Proxy:
