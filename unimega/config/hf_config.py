@@ -6,8 +6,21 @@ from typing import Any
 from unimega.errors import ConfigError
 
 KEYS = frozenset(
-    ("num_layers", "width", "heads", "kv_heads", "head_width", "ffn_width", "vision_offset")
-    + ("tied", "qk_norm", "qkv_bias", "output_bias", "norm_eps", "rope_theta")  # noqa: RUF005
+    {
+        "num_layers",
+        "width",
+        "heads",
+        "kv_heads",
+        "head_width",
+        "ffn_width",
+        "vision_offset",
+        "tied",
+        "qk_norm",
+        "qkv_bias",
+        "output_bias",
+        "norm_eps",
+        "rope_theta",
+    }
 )
 """What ``model_keys`` returns."""
 

@@ -50,7 +50,7 @@ def resolve(values: Mapping[str, Any], *, where: str) -> RunConfig:
     path = model.get("hf_config", "")
     if path and hf_config.KEYS - model.keys():
         file = os.path.join(path, "config.json") if os.path.isdir(path) else path
-        implied = hf_config.model_keys(read_file(file, key="model.hf_config"), where=file)
+        implied = hf_config.model_keys(read_file(file, key="model.hf_config", is_json=True), where=file)
         model = strict.merge(strict.partial(ModelConfig, implied, prefix="model.", where=file), model)
     return strict.construct(RunConfig, {**values, "model": model}, where=where)
 
@@ -87,11 +87,12 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]
     return files, options
 
 
-def read_file(file: str, *, key: str = "--config") -> dict[str, Any]:
+def read_file(file: str, *, key: str = "--config", is_json: bool = False) -> dict[str, Any]:
     """Parse a TOML file, or a JSON file such as a stored run.
 
     Args:
         key: what named the file, for errors.
+        is_json: whatever it is called.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
@@ -99,7 +100,7 @@ def read_file(file: str, *, key: str = "--config") -> dict[str, Any]:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}). {key} wants a file.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 text (byte {error.start}). {key} wants a text file.") from None
-    is_json = file.endswith(".json")
+    is_json = is_json or file.endswith(".json")
     try:
         values = json.loads(text) if is_json else tomllib.loads(text)
     except ValueError as error:

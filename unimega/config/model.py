@@ -45,9 +45,7 @@ class ModelSpec:
     def from_dict(values: dict[str, Any]) -> "ModelSpec":
         """Inverse of ``to_dict``, also after a trip through JSON (lists for tuples)."""
         vocabulary = {key: _frozen(value) for key, value in values["vocabulary"].items()}
-        layers = tuple(
-            LayerSpec(**{key: _frozen(value) for key, value in layer.items()}) for layer in values["layers"]
-        )
+        layers = tuple(LayerSpec(**{key: _frozen(value) for key, value in layer.items()}) for layer in values["layers"])
         rest = {key: _frozen(value) for key, value in values.items() if key not in ("vocabulary", "layers")}
         return ModelSpec(vocabulary=Vocabulary(**vocabulary), layers=layers, **rest)
 

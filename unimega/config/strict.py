@@ -36,7 +36,8 @@ def describe(want: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in args if option is not type(None))
     if origin is tuple:
-        return f"a list of {describe(args[0])}" if args[1] is ... else f"a list of {len(args)} {describe(args[0])}"
+        item = "tables" if is_dataclass(args[0]) else describe(args[0])
+        return f"a list of {item}" if args[1] is ... else f"a list of {len(args)} {item}"
     if origin is dict or is_dataclass(want):
         return "a table"
     return WORDS[want]
@@ -161,14 +162,15 @@ def _wrong_type(value: Any, want: Any, *, key: str, where: str) -> ConfigError:
 
 def _suggest(key: str, known: Sequence[str], *, prefix: str, names: Mapping[str, Any]) -> str:
     """The known key that was most likely meant: the same name in another section, or the nearest spelling."""
-    last = key.rsplit(".", 1)[-1]
+    last = key.removeprefix(prefix)
 
     def likeness(candidate: str) -> float:
-        spelling = difflib.SequenceMatcher(None, key, candidate).ratio()
-        return max(spelling, 0.99) if candidate.rsplit(".", 1)[-1] == last else spelling
+        section, _, name = candidate.rpartition(".")
+        away = 0.0 if section == prefix[:-1] else 0.1
+        return difflib.SequenceMatcher(None, last, name).ratio() - away
 
     best = max(known, key=likeness)
-    if likeness(best) >= 0.75:
+    if likeness(best) >= 0.55:
         return f"Did you mean {best!r}?"
     table = f"[{prefix[:-1]}]" if prefix else "a run file"
     return f"Keys of {table}: {', '.join(names)}."
