@@ -20,7 +20,7 @@ from unimega.parallel import checkpoint
 Fate = Literal["copied", "carried", "dropped"]
 """``carried``: kept for the way back, though the original never uses it."""
 Report = Callable[[tuple[str, ...], str, Fate], None]
-"""Called with names of tensors, the checkpoint key that they become ("" if dropped) and their fate, as they are read."""
+"""Called with names of tensors, the checkpoint key they become ("" if dropped) and their fate, as they are read."""
 _TIMEOUT = timedelta(minutes=10)
 logger = log.get(__name__)
 

@@ -32,7 +32,7 @@ class Layout:
     """How a family of folders spells the copies of a weight that belong to vision."""
 
     family: Literal["qwen", "x", "moe", "mot"]
-    """``qwen``: dense, no copies. Original Uni-X: ``x`` twin layers, ``moe`` FFN copies, ``mot`` attention copies too."""
+    """``qwen``: no copies. Original Uni-X: ``x`` twin layers, ``moe`` FFN copies, ``mot`` attention copies too."""
     encode: int = 0
     """``x``: layers below this have twins in ``vision_encode_layers``, later ones in ``vision_decode_layers``."""
 
