@@ -115,6 +115,7 @@ ON_COMMAND_LINE = [
     (["--training.steps", "fifty"], "command line: 'training.steps' wants int, found 'fifty' (str)."),
     (["--training.steps", "1e3"], "command line: 'training.steps' wants int, found '1e3' (str)."),
     (["--training.steps", "1", "2"], "command line: 'training.steps' wants int, found ['1', '2'] (list)."),
+    (["--trainnig"], "command line: unknown key 'trainnig'. Did you mean 'training'?"),
     (["--training.steps"], "command line: --training.steps wants a value: int."),
     (["--optimizer.lr", "nan"], "command line: 'optimizer.lr' wants float, found nan (float)."),
     (["--model.tied", "yes"], "command line: 'model.tied' wants true or false, found 'yes' (str)."),
@@ -177,11 +178,11 @@ HUGGING_FACE = [
     ),
     (
         {"rope_parameters": {"rope_theta": 1e4}},
-        "c: rope_theta has 10000 and 1e+06. Give it once, or equal in rope_parameters and rope_theta.",
+        "c: rope_theta has 10000.0 and 1000000.0. Give one number, equal in rope_parameters and rope_theta.",
     ),
     (
         {"rope_theta": None},
-        "c: rope_theta has no value. Give it once, or equal in rope_parameters and rope_theta.",
+        "c: rope_theta has no value. Give one number, equal in rope_parameters and rope_theta.",
     ),
     (
         {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2},

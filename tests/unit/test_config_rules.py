@@ -197,6 +197,11 @@ RULES = [
     ),
     ({}, {"training": {"steps": 0}}, "training.steps=0 is too small. It is at least 1."),
     ({}, {"training": {"micro_batch_packs": 0}}, "training.micro_batch_packs=0 is too small. It is at least 1."),
+    (
+        {},
+        {"training": {"trainable": []}},
+        'training.trainable=[] trains nothing. Give patterns of parameter names; ["*"] is all of them.',
+    ),
     ({}, {"checkpoint": {"every_minutes": -1}}, "checkpoint.every_minutes=-1.0 is too small. It is at least 0."),
     ({}, {"optimizer": {"lr": 0}}, "optimizer.lr=0.0 is too small. It is above 0."),
     ({}, {"optimizer": {"betas": [0.9, 1]}}, "optimizer.betas[1]=1.0 is out of range. It is at least 0 and below 1."),

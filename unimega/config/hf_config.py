@@ -81,7 +81,7 @@ def _refuse_sliding_windows(values: Mapping[str, Any], layers: int, *, where: st
     """``layer_types`` decides where it is present, else the two older switches; both are written by some versions."""
     kinds = values.get("layer_types")
     if kinds is not None:
-        sliding = any(kind != "full_attention" for kind in kinds)
+        sliding = any(kind != "full_attention" for kind in kinds) if isinstance(kinds, list) else True
     else:
         on = values.get("use_sliding_window", False) and values.get("sliding_window") is not None
         sliding = bool(on) and values.get("max_window_layers", 28) < layers
@@ -91,13 +91,14 @@ def _refuse_sliding_windows(values: Mapping[str, Any], layers: int, *, where: st
 
 def _rope_theta(values: Mapping[str, Any], *, where: str) -> float:
     """transformers 4 writes ``rope_theta`` and ``rope_scaling``, 5 writes ``rope_parameters``; a file may have both."""
-    parameters = values.get("rope_parameters") or {}
-    for table in (parameters, values.get("rope_scaling") or {}):
-        kind = table.get("rope_type", table.get("type", "default"))
+    parameters, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    for table in (parameters, scaling):
+        is_table = isinstance(table, Mapping)
+        kind = table.get("rope_type", table.get("type", "default")) if is_table else table
         if kind != "default":
             raise ConfigError(f"{where}: rope scaling {kind!r} is not supported. Only rope_type 'default' is.")
-    found = {float(theta) for theta in (parameters.get("rope_theta"), values.get("rope_theta")) if theta is not None}
-    if len(found) != 1:
-        what = " and ".join(f"{theta:g}" for theta in sorted(found)) or "no value"
-        raise ConfigError(f"{where}: rope_theta has {what}. Give it once, or equal in rope_parameters and rope_theta.")
-    return found.pop()
+    given = [theta for theta in (parameters.get("rope_theta"), values.get("rope_theta")) if theta is not None]
+    if not given or any(not isinstance(theta, int | float) or theta != given[0] for theta in given):
+        what = " and ".join(repr(theta) for theta in given) or "no value"
+        raise ConfigError(f"{where}: rope_theta has {what}. Give one number, equal in rope_parameters and rope_theta.")
+    return float(given[0])

@@ -121,9 +121,9 @@ def override(cls: type[Any], options: Mapping[str, Sequence[str]]) -> dict[str, 
     values: dict[str, Any] = {}
     for name, words in options.items():
         want = _wanted(cls, name)
-        if not words:
-            raise ConfigError(f"{COMMAND_LINE}: --{name} wants a value{_of(want)}.")
-        value = parse_words(words, want)
+        if not words and want is not None:
+            raise ConfigError(f"{COMMAND_LINE}: --{name} wants a value: {strict.describe(want)}.")
+        value: Any = parse_words(words, want) if words else None
         for part in reversed(name.split(".")):
             value = {part: value}
         values = strict.merge(values, strict.partial(cls, value, where=COMMAND_LINE))
@@ -184,7 +184,3 @@ def _wanted(cls: type[Any], name: str) -> Any:
         else:
             return None
     return want
-
-
-def _of(want: Any) -> str:
-    return "" if want is None else f": {strict.describe(want)}"

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 
 from unimega.config import model_rules, presets
 from unimega.config.layer import LayerSpec
-from unimega.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from unimega.config.model import ModelSpec
+from unimega.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from unimega.errors import ConfigError
 
 
@@ -15,21 +16,21 @@ def check(config: RunConfig, *, world_size: int) -> None:
         ConfigError: the first rule that is broken.
     """
     model_rules.check(config.model)
-    check_parallel(config.model, config.parallel, world_size=world_size)
+    check_parallel(presets.model_spec(config.model), config.parallel, world_size=world_size)
     for rule in RULES:
         rule(config)
     _batch(config, world_size)
 
 
-def check_parallel(model: ModelConfig, parallel: ParallelConfig, *, world_size: int) -> None:
-    """The rules on ranks alone, for tools that only load a model."""
+def check_parallel(model: ModelSpec, parallel: ParallelConfig, *, world_size: int) -> None:
+    """The rules on model and ranks alone, also for tools that only load a checkpoint."""
     for rule in (_sizes, _not_built, _sequence_parallel, _virtual_stages):
         rule(parallel)
     _world(parallel, world_size)
     _heads(model, parallel)
     _ffn_widths(model, parallel)
     _skip(model, parallel)
-    layout(parallel, model.num_layers)
+    layout(parallel, len(model.layers))
 
 
 def data_parallel_size(parallel: ParallelConfig, *, world_size: int) -> int:
@@ -111,7 +112,7 @@ def _world(parallel: ParallelConfig, world_size: int) -> None:
         )
 
 
-def _heads(model: ModelConfig, parallel: ParallelConfig) -> None:
+def _heads(model: ModelSpec, parallel: ParallelConfig) -> None:
     if parallel.tp > model.kv_heads:
         raise ConfigError(
             f"parallel.tp={parallel.tp} is more than model.kv_heads={model.kv_heads}: sharing a KV head between ranks "
@@ -125,8 +126,8 @@ def _heads(model: ModelConfig, parallel: ParallelConfig) -> None:
             )
 
 
-def _ffn_widths(model: ModelConfig, parallel: ParallelConfig) -> None:
-    for number, width in _widths(presets.layers(model)):
+def _ffn_widths(model: ModelSpec, parallel: ParallelConfig) -> None:
+    for number, width in _widths(model.layers):
         if width % parallel.tp:
             raise ConfigError(
                 f"FFN width {width} of layer {number} is not divisible by parallel.tp={parallel.tp}. "
@@ -140,10 +141,10 @@ def _widths(layers: tuple[LayerSpec, ...]) -> Iterator[tuple[int, int]]:
             yield number, width
 
 
-def _skip(model: ModelConfig, parallel: ParallelConfig) -> None:
-    if model.skip_from >= 0 and parallel.pp > 1:
+def _skip(model: ModelSpec, parallel: ParallelConfig) -> None:
+    if model.skip is not None and parallel.pp > 1:
         raise ConfigError(
-            f"model.skip_from={model.skip_from} with parallel.pp={parallel.pp}: the skip connection does not cross "
+            f"model.skip_from={model.skip[0]} with parallel.pp={parallel.pp}: the skip connection does not cross "
             "pipeline stages. Set parallel.pp = 1 or model.skip_from = -1."
         )
 
@@ -219,6 +220,13 @@ def _rates(config: RunConfig) -> None:
             raise ConfigError(f"optimizer.rates[{i}].factor={rate.factor} is negative. Use 0 or more.")
 
 
+def _trainable(config: RunConfig) -> None:
+    if not config.training.trainable:
+        raise ConfigError(
+            'training.trainable=[] trains nothing. Give patterns of parameter names; ["*"] is all of them.'
+        )
+
+
 def _schedule(config: RunConfig) -> None:
     optimizer, steps = config.optimizer, config.training.steps
     if optimizer.schedule != "constant" and optimizer.min_lr > optimizer.lr:
@@ -273,6 +281,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     _positive,
     _betas,
     _rates,
+    _trainable,
     _schedule,
     _sources,
     _ratios,
