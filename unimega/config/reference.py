@@ -67,8 +67,8 @@ def markdown() -> str:
         "",
         (inspect.getdoc(schema) or "").replace("``", "`"),
         "Precedence: defaults, then the files of `--config` from left to right, then `--section.key value`.",
-        "On the command line a list is words (`--parallel.layout 1 2 0 1`) or TOML in one word, a bool is true or false,",
-        "and `none` takes back a key whose default is absent.",
+        "On the command line a list is words (`--parallel.layout 1 2 0 1`) or TOML in one word, a bool is true or",
+        "false, and `none` takes back a key whose default is absent.",
         "An unknown key, a wrong type or an impossible combination is one line on stderr and exit status 2.",
         "",
     ]
