@@ -67,7 +67,7 @@ def split_scans(split: int) -> Split:
 
 @dataclass(frozen=True)
 class Codebook:
-    """A vector quantiser: a code names the centre nearest to a patch of 2 x 2 pixels; 16 codes a scan, in raster order."""
+    """A vector quantiser: a code names the centre nearest to a patch of 2 x 2 pixels; 16 a scan, in raster order."""
 
     centres: Scans
     """float32 [K, 4]."""
@@ -147,7 +147,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def training_rows(data: Split, book: Codebook, split: int) -> tuple[Iterator[dict[str, Any]], Iterator[dict[str, Any]]]:
-    """The rows of ``digits``, each scan under all its captions, and of ``digits_warped``, scans and copies under one."""
+    """The rows of ``digits``, a scan under all its captions, and of ``digits_warped``, scans and copies under one."""
     scans, labels = data.scans[data.train], data.labels[data.train]
     clean = book.encode(scans)
     copies = [clean, *(book.encode(warp(scans, np.random.default_rng((split, copy)))) for copy in range(1, COPIES + 1))]
@@ -209,17 +209,11 @@ def _write_set(prefix: Path, rows: Iterator[dict[str, Any]]) -> int:
     source = prefix.with_suffix(".jsonl")
     lines = [json.dumps(row) + "\n" for row in rows]
     source.write_text("".join(lines))
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "preprocess_data.py"),
-        "--input",
-        str(source),
-        "--output",
-        str(prefix),
-    ]
-    command += ["--tokenizer", str(prefix.parent / "tokenizer"), "--codebook", str(CODEBOOK)]
-    command += ["--codes-per-image", str(CODES), "--overwrite"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    tool = str(ROOT / "tools" / "preprocess_data.py")
+    command = [sys.executable, tool, "--input", source.name, "--output", prefix.name, "--tokenizer", "tokenizer"]
+    command += ["--codebook", str(CODEBOOK), "--codes-per-image", str(CODES), "--overwrite"]
+    # From inside the folder: the names that the sidecar keeps do not depend on where the corpus lies.
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=prefix.parent)
     return len(lines)
 
 
