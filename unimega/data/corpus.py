@@ -2,6 +2,7 @@
 
 import zlib
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,17 @@ class Source:
     direction: str = "both"
     name: str = ""
     """Seeds its order; absent: the last part of the path."""
+
+
+def vision_ids(prefixes: Sequence[str]) -> tuple[int, ...]:
+    """Ids below the codes that belong to vision, as the corpora's tokenizer has them: begin of image, if it has one.
+
+    Raises:
+        DataError: a corpus is missing or damaged.
+    """
+    sidecars = [IndexedCorpus(prefix).sidecar for prefix in prefixes]
+    found = {sidecar["tokenizer"]["special"].get("vision_start") for sidecar in sidecars if sidecar}
+    return tuple(sorted(number for number in found if number is not None))
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,15 @@ class Corpus:
         """The sidecar's vocabulary with the tokenizer's size, or None without a sidecar."""
         sidecar = self.reader.sidecar
         return {**sidecar["vocabulary"], "size": sidecar["tokenizer"]["size"]} if sidecar else None
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Where the tokenizer lay when the corpus was written, if it is still there."""
+        sidecar = self.reader.sidecar
+        if sidecar is None or "path" not in sidecar["tokenizer"]:
+            return None
+        folder = self.reader.sidecar_path.parent / sidecar["tokenizer"]["path"]
+        return folder if (folder / "tokenizer.json").is_file() else None
 
     @property
     def has_images(self) -> bool:

@@ -24,6 +24,7 @@ from unimega.data.tokenize import SpecialIds, TextTokenizer
 from unimega.errors import ConfigError, DataError
 
 _log = log.get(__name__)
+_WIDE_WINDOW_EPOCHS = 1000
 EVALUATION_SEED = 0
 """Evaluation reads the same packs in every run."""
 
@@ -37,7 +38,8 @@ class Recipe:
     unconditional_ratio: float = 0.1
     mask_instructions: bool = True
     templates: str = "default"
-    tokenizer: str | None = None
+    tokenizer: str = ""
+    """Folder; absent: the one recorded beside the corpora, loaded only where prompts have to be tokenised."""
     window_tokens: int = 1 << 28
     overlong: str = "error"
     seed: int = 1
@@ -80,7 +82,7 @@ class DataPlan:
         self.recipe, self.vocabulary, self.evaluation = recipe, vocabulary, evaluation
         self.corpora = tuple(Corpus(source) for source in sources)
         _refuse_equal_names(self.corpora)
-        tokenizer = TextTokenizer(recipe.tokenizer) if recipe.tokenizer and self._needs_tokenizer() else None
+        tokenizer = self._tokenizer()
         self.special = _check_corpora(self.corpora, vocabulary, tokenizer)
         seed = EVALUATION_SEED if evaluation else recipe.seed
         self.assembler = Assembler(
@@ -106,6 +108,8 @@ class DataPlan:
         self._windows: dict[int, Window] = {}
         if evaluation:
             self._windows[0] = self.mixture.epoch()
+        else:
+            self._warn_of_wide_window()
         _log.info("%s", self.describe())
 
     @property
@@ -146,6 +150,7 @@ class DataPlan:
             )
             document[place:stop] = count
             place = stop
+        self._check_range(number, tokens, place)
         modality = self.vocabulary.modality_of(tokens)
         modality[place:] = layout.TEXT
         inside = np.zeros(length, dtype=np.bool_)
@@ -246,8 +251,27 @@ class DataPlan:
         )
         return line + (f", {dropped} tokens dropped (longer than a pack)" if dropped else "")
 
-    def _needs_tokenizer(self) -> bool:
-        return self.recipe.templates != "none" or all(corpus.special is None for corpus in self.corpora)
+    def _warn_of_wide_window(self) -> None:
+        total = sum(corpus.weight for corpus in self.corpora)
+        for corpus in self.corpora:
+            stored = int(corpus.reader.lengths.sum(dtype=np.int64))
+            epochs = self.recipe.window_tokens * corpus.weight / total / max(1, stored)
+            if epochs > _WIDE_WINDOW_EPOCHS:
+                _log.warning(
+                    "data.window_tokens=%d plans about %d epochs of %s at once, which costs time and memory at the start. "
+                    "Set less, such as %d.",
+                    self.recipe.window_tokens,
+                    epochs,
+                    corpus.name,
+                    max(1 << 20, self.recipe.pack_length),
+                )
+
+    def _tokenizer(self) -> TextTokenizer | None:
+        """The one that the recipe names; where prompts need one, else the one that a corpus was written with."""
+        if self.recipe.tokenizer:
+            return TextTokenizer(self.recipe.tokenizer)
+        folders = [corpus.tokenizer_folder for corpus in self.corpora] if self.recipe.templates != "none" else []
+        return next((TextTokenizer(folder) for folder in folders if folder is not None), None)
 
     def _window_of(self, pack: int) -> Window | None:
         """The window that holds a pack, planned on demand; None past the end of an evaluation."""
@@ -272,6 +296,18 @@ class DataPlan:
             self._first_packs.append(window.next_pack)
             self._cursors.append(window.after)
         return window
+
+    def _check_range(self, number: int, tokens: npt.NDArray[np.int32], used: int) -> None:
+        """An id outside the embedding would read foreign memory on a device: a flipped bit in `.bin` must stop here."""
+        limit = self.vocabulary.starts[-1] + self.vocabulary.codes[-1]
+        bad = (tokens[:used] < 0) | (tokens[:used] >= limit)
+        if bad.any():
+            at = int(np.argmax(bad))
+            names = ", ".join(corpus.name for corpus in self.corpora)
+            raise DataError(
+                f"pack {number} of {names}: id {tokens[at]} at position {at} is outside the vocabulary of {limit}. "
+                "The .bin is damaged; write the corpus again."
+            )
 
     def _refuse_pack(
         self,

@@ -94,7 +94,7 @@ def _facts(job: Job, tokenizer: TextTokenizer, sources: list[_Source], already_e
     codes: int | list[int] | None = None
     if job.codes_per_image:
         codes = job.codes_per_image[0] if len(job.codes_per_image) == 1 else list(job.codes_per_image)
-    described = tokenizer.describe()
+    described = tokenizer.describe(beside=job.output)
     resolved = {"codebook": job.codebook, "codes_per_image": codes, "inputs": list(job.inputs), "tokenizer": described}
     return {
         "tokenizer": described,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,11 +91,12 @@ class TextTokenizer:
         rows = config.get("vocab_size", self.size)
         return max(self.size, rows) if isinstance(rows, int) else self.size
 
-    def describe(self) -> dict[str, Any]:
-        """The ``tokenizer`` entry of a sidecar."""
+    def describe(self, *, beside: str | Path) -> dict[str, Any]:
+        """The ``tokenizer`` entry of the sidecar of the corpus ``beside``; ``path`` is relative to its folder."""
         return {
             "kind": "hf",
             "name": self.folder.resolve().name,
+            "path": os.path.relpath(self.folder.resolve(), Path(beside).resolve().parent),
             "size": self.size,
             "eos": self.special.eos,
             "sha256": self.sha256,
