@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,7 +157,8 @@ class Engine:
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, ...]:
         """(loss, sum of cross-entropies of each modality) without gradients."""
-        return self.reduce_results(self.forward_backward(microbatches, backward=False))
+        with torch.no_grad():
+            return self.reduce_results(self.forward_backward(microbatches, backward=False))
 
     def logits(self, microbatches: Sequence[Microbatch]) -> list[torch.Tensor]:
         """fp32 logits [T, rows of the file] in modality order of every micro-batch, on the last stage; empty elsewhere."""
@@ -195,10 +197,10 @@ class Engine:
         self.settle()
         return replicas.gather_tensors(self.stages, self.groups, lambda parameter: parameter)
 
-    def save(self, directory: str, step: int, model: dict[str, Any]) -> None:
-        """Write the weights as one step of a checkpoint."""
+    def save(self, directory: str, step: int, model: dict[str, Any]) -> Path:
+        """Write the weights as one step of a checkpoint; returns its folder."""
         self.settle()
-        checkpoint.save_weights(directory, step, self.stages, self.groups, model)
+        return checkpoint.save_weights(directory, step, self.stages, self.groups, model)
 
     def _run(
         self, microbatches: Sequence[Microbatch], forward: Any, *, backward: bool, whole_gradients: bool = False
