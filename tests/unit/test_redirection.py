@@ -179,8 +179,26 @@ def check_everywhere(name: str) -> Callable[[], None]:
     return check
 
 
+def check_fork() -> None:
+    """Inside a fork the tracker's stream flows, outside the default one goes on as if nothing had been."""
+    tracker = megatron_random.get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add("model-parallel-rng", 5)
+    torch.default_generator.manual_seed(3)
+    with tracker.fork():
+        first = torch.rand(4)
+    outside = torch.rand(4)
+    with tracker.fork():
+        second = torch.rand(4)
+    inner, outer = torch.Generator().manual_seed(5), torch.Generator().manual_seed(3)
+    assert torch.equal(first, torch.rand(4, generator=inner))
+    assert torch.equal(second, torch.rand(4, generator=inner))
+    assert torch.equal(outside, torch.rand(4, generator=outer))
+    tracker.reset()
+
+
 def check_recompute() -> None:
-    """With torch's own state functions the second forward would draw another mask."""
+    """A second forward draws the masks of the first, from the default stream and from the tracker's."""
     x = torch.randn(64, 64, requires_grad=True)
 
     def block(x: torch.Tensor) -> torch.Tensor:
@@ -256,7 +274,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "torch.nn.Module.cuda": check_module_cuda,
     "megatron.core.jit.jit_fuser": check_everywhere("jit_fuser"),
     "megatron.core.tensor_parallel.random._get_cuda_rng_state": check_recompute,
-    "megatron.core.tensor_parallel.random._set_cuda_rng_state": check_recompute,
+    "megatron.core.tensor_parallel.random._set_cuda_rng_state": check_fork,
     "logging.megatron.core.tensor_parallel.random": check_log,
     "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu": check_move_to_host,
     "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": check_move_to_host,
