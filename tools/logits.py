@@ -75,7 +75,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # names of arrays, not its own options
         os.replace(partial, path)
     except OSError as error:
         raise UnimegaError(f"{path}: cannot be written ({error.strerror}).") from error

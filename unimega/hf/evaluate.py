@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 
 from unimega import backend
-from unimega.config import rules, strict
+from unimega.batch import Microbatch
+from unimega.config import rules
 from unimega.config.model import ModelSpec
-from unimega.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from unimega.config.schema import OptimizerConfig, ParallelConfig
 from unimega.errors import CheckpointError, DataError
 from unimega.hf.convert import layout_of
 from unimega.hf.inputs import Inputs, check_ids, microbatches, read_inputs
-from unimega.hf.names import table
+from unimega.hf.names import Table, table
 from unimega.parallel import checkpoint
 from unimega.training.engine import Engine
 
@@ -40,8 +41,7 @@ def evaluate(request: Request) -> dict[str, np.ndarray] | None:
     """Run the model in fp32. Collective over the world, which it joins.
 
     Returns:
-        On rank 0 (None elsewhere): ``logits`` fp32 [B, T, rows of the file] in input order, 0 on pads; with labels
-        ``loss``, their mean cross-entropy; with gradients one array per tensor of the original that has one.
+        What ``outputs`` gives, on rank 0; None elsewhere.
 
     Raises:
         DataError, CheckpointError, ConfigError: the inputs, the checkpoint or the layout are not possible.
@@ -50,37 +50,47 @@ def evaluate(request: Request) -> dict[str, np.ndarray] | None:
     if request.gradients and inputs.targets is None:
         raise DataError(f"{request.inputs}: gradients need 'labels', which are missing.")
     stored = checkpoint.read_model(request.checkpoint)
-    spec = _spec(stored, request, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    if "spec" not in stored:
+        where = f"{request.checkpoint}/{checkpoint.MODEL_FILE}"
+        raise CheckpointError(f"{where}: describes no model. The checkpoint is of another version of unimega.")
+    spec = ModelSpec.from_dict(stored["spec"])
+    if request.cross_document is not None:
+        spec = replace(spec, cross_document=request.cross_document)
+    rules.check_parallel(spec, request.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     check_ids(inputs, rows=spec.vocabulary.rows, where=request.inputs)
     backend.current().init_process_group(timeout=_TIMEOUT)
-    engine = Engine(
-        spec,
-        request.parallel,
-        optimizer_config=OptimizerConfig() if request.gradients else None,
-        initial=request.checkpoint,
-    )
+    optimizer_config = OptimizerConfig() if request.gradients else None
+    engine = Engine(spec, request.parallel, optimizer_config=optimizer_config, initial=request.checkpoint)
     try:
-        return _run(engine, inputs, stored, gradients=request.gradients)
+        names = table(spec, layout_of(stored)) if stored.get("source") else None
+        return outputs(engine, inputs, names=names, gradients=request.gradients)
     finally:
         engine.close()
 
 
-def _spec(stored: dict[str, Any], request: Request, *, world_size: int) -> ModelSpec:
-    """The model of the checkpoint, after a check that the layout can hold it."""
-    where = f"{request.checkpoint}/{checkpoint.MODEL_FILE}"
-    if "spec" not in stored or "model" not in stored:
-        raise CheckpointError(f"{where}: describes no model. The checkpoint is of another version of unimega.")
-    model = strict.construct(ModelConfig, strict.partial(ModelConfig, stored["model"], where=where), where=where)
-    rules.check_parallel(model, request.parallel, world_size=world_size)
-    spec = ModelSpec.from_dict(stored["spec"])
-    return spec if request.cross_document is None else replace(spec, cross_document=request.cross_document)
+def outputs(
+    engine: Engine,
+    inputs: Inputs,
+    *,
+    names: Table | None,
+    gradients: bool = False,
+    cross_document: bool | None = None,
+) -> dict[str, np.ndarray] | None:
+    """Run an engine on rows of ids. Collective over the world.
 
+    Args:
+        engine: with gradient buffers, if gradients are wanted.
+        names: spelling of the gradients; None: they keep their checkpoint keys.
+        cross_document: None: as the engine's model says.
 
-def _run(engine: Engine, inputs: Inputs, stored: dict[str, Any], *, gradients: bool) -> dict[str, np.ndarray] | None:
-    groups, parallel = engine.groups, engine.parallel
+    Returns:
+        On rank 0 (None elsewhere): ``logits`` fp32 [B, T, rows of the file] in input order, 0 on pads; with labels
+        ``loss``, their mean cross-entropy; with gradients one array per tensor of the original that has one.
+    """
+    groups, parallel, spec = engine.groups, engine.parallel, engine.spec
     batches = microbatches(
         inputs,
-        engine.spec,
+        spec if cross_document is None else replace(spec, cross_document=cross_document),
         tp_rank=groups.tp.rank(),
         tp=groups.tp.size(),
         sequence_parallel=parallel.sequence_parallel,
@@ -92,38 +102,34 @@ def _run(engine: Engine, inputs: Inputs, stored: dict[str, Any], *, gradients: b
     out: dict[str, np.ndarray] = {}
     if inputs.targets is not None:
         results = engine.forward_backward(on_device, whole_gradients=gradients, backward=gradients)
-        out["loss"] = np.float32(engine.reduce_results(results)[0])
-    if gradients:
-        whole = engine.gather_gradients()
-        if whole is not None:
-            out |= {name: gradient.numpy() for name, gradient in _original_names(whole, engine.spec, stored).items()}
+        out["loss"] = np.asarray(engine.reduce_results(results)[0], dtype=np.float32)
+    whole = engine.gather_gradients() if gradients else None
+    if whole is not None:
+        named = whole if names is None else names.to_hf(whole, gradients=True)
+        out |= {name: gradient.numpy() for name, gradient in named.items()}
     logits = _gather_logits(engine, on_device, inputs)
     return None if logits is None else {"logits": logits, **out}
 
 
-def _original_names(whole: dict[str, torch.Tensor], spec: ModelSpec, stored: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Checkpoint keys become names of the folder; a model that came from none keeps its keys."""
-    return table(spec, layout_of(stored)).to_hf(whole, gradients=True) if stored.get("source") else whole
-
-
-def _gather_logits(engine: Engine, batches: list[Any], inputs: Inputs) -> np.ndarray | None:
-    """[B, T, rows] in input order on rank 0. Sends T*rows*4 bytes per row of the batch to it."""
-    groups = engine.groups
+def _gather_logits(engine: Engine, batches: list[Microbatch], inputs: Inputs) -> np.ndarray | None:
+    """[B, T, rows] in input order on rank 0. Every row of the batch travels there alone: T*rows*4 bytes."""
+    groups, rank = engine.groups, dist.get_rank()
     number, length = inputs.ids.shape
-    owns = groups.is_last_stage and groups.tp.rank() == 0
+    rows = engine.spec.vocabulary.rows
     places: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, (groups.dp.rank(), owns))
-    owners = {dp_rank: rank for rank, (dp_rank, owner) in enumerate(places) if owner}
+    dist.all_gather_object(places, (groups.dp.rank(), groups.is_last_stage and groups.tp.rank() == 0))
+    owners = {dp_rank: owner for owner, (dp_rank, has_logits) in enumerate(places) if has_logits}
     mine = engine.logits(batches)
-    rank = dist.get_rank()
-    out = np.zeros((number, length, engine.spec.vocabulary.rows), np.float32) if rank == 0 else None
+    out = np.zeros((number, length, rows), np.float32) if rank == 0 else None
     for row in range(number):
-        round_, owner = divmod(row, groups.dp.size())[0], owners[row % groups.dp.size()]
-        logits = mine[round_][batches[round_].order.inverse.long()][:length].contiguous() if rank == owner else None
-        if owner != 0 and rank == owner:
-            dist.send(logits, 0)
-        elif owner != 0 and rank == 0:
-            logits = torch.empty(length, engine.spec.vocabulary.rows, device=engine.backend.device)
+        at, dp_rank = divmod(row, groups.dp.size())
+        owner = owners[dp_rank]
+        if rank == owner:
+            logits = mine[at][batches[at].order.inverse.long()][:length].contiguous()
+            if owner != 0:
+                dist.send(logits, 0)
+        elif rank == 0:
+            logits = torch.empty(length, rows, device=engine.backend.device)
             dist.recv(logits, owner)
         if out is not None:
             out[row] = logits.cpu().numpy()
