@@ -6,7 +6,7 @@ Relative means max|difference| / max|reference| of a tensor, unless said otherwi
 import torch
 
 KERNEL_FACTOR = 2.0
-"""An implementation may err twice as much as plain torch in the same dtype: sums in another order, no less precision."""
+"""An implementation may err twice as much as plain torch in the same dtype: sums in another order, no less precise."""
 
 KERNEL_FLOOR = {torch.float64: 16.0, torch.float32: 4.0, torch.bfloat16: 0.5, torch.float16: 0.5}
 """What is granted when plain torch happens to be exact, in units of the dtype's eps x max|exact|.

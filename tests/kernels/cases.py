@@ -1,7 +1,7 @@
 """Shapes on which every implementation of an op is tried, and the definitions it is held to.
 
-A definition has the signature of its op and is written from the formula of the contract, not from the reference. In fp64 it is the
-exact result; in the dtype of the inputs it is what plain torch makes of it.
+A definition has the signature of its op and is written from the formula of the contract, not from the reference. In
+fp64 it is the exact result; in the dtype of the inputs it is what plain torch makes of it.
 """
 
 import dataclasses

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from unimega.batch import Intervals
 from unimega.kernels import registry
 
-_CALL_COST = 2048
+_CALL_COST = 1024
 """What a call costs, in score entries per head: shorter runs join a batch until their padding wastes more than this."""
 
 
