@@ -139,6 +139,11 @@ class Backend(abc.ABC):
             dist.init_process_group(self.collective, timeout=timeout, store=store, rank=rank, world_size=world)
 
 
+def host_tensor(array: np.ndarray) -> torch.Tensor:
+    """The array's memory as a tensor; a copy if it is read-only, since a tensor could write to it (a mapped corpus)."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
 class InertStream:
     """A stream or event where there are none: everything is done at once, all of them are equal."""
 

@@ -11,7 +11,7 @@ import psutil
 import torch
 from typing_extensions import override
 
-from unimega.backend.base import Backend, InertStream
+from unimega.backend.base import Backend, InertStream, host_tensor
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -83,5 +83,4 @@ class CpuBackend(Backend):
 
     @override
     def to_tensor(self, array: np.ndarray) -> torch.Tensor:
-        # A tensor over read-only memory (a mapped corpus) could be written through.
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
+        return host_tensor(array)

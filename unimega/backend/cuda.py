@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from unimega.backend.base import Backend
+from unimega.backend.base import Backend, host_tensor
 
 PEAK_FLOPS = (
     ("GB300", 2.5e15),
@@ -100,4 +100,4 @@ class CudaBackend(Backend):
     @override
     def to_tensor(self, array: np.ndarray) -> torch.Tensor:
         # The caching host allocator gives the pinned block out again only when the copy has ended.
-        return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+        return host_tensor(array).pin_memory().to(self.device, non_blocking=True)
