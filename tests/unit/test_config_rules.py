@@ -35,7 +35,11 @@ RULES = [
         {},
         "model.encode_layers=2 is not a key of preset 'dense', only of unix and share. Remove it.",
     ),
-    ({**SHARE, "skip_from": 0}, {}, "model.skip_from=0 is not a key of preset 'share', only of unix. Remove it."),
+    (
+        {**MOT, "skip_from": 0},
+        {},
+        "model.skip_from=0 is not a key of preset 'mot', only of unix and share. Remove it.",
+    ),
     (
         {**MOT, "unused_output": True},
         {},

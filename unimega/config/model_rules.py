@@ -62,9 +62,10 @@ def _own_keys(model: ModelConfig) -> None:
                 f"model.{name}={value!r} is not a key of preset {model.preset!r}, only of {' and '.join(owners)}. "
                 "Remove it."
             )
-    if model.skip_from >= 0 and model.preset != "unix":
+    if model.skip_from >= 0 and model.preset not in ("unix", "share"):
         raise ConfigError(
-            f"model.skip_from={model.skip_from} is not a key of preset {model.preset!r}, only of unix. Remove it."
+            f"model.skip_from={model.skip_from} is not a key of preset {model.preset!r}, only of unix and share. "
+            "Remove it."
         )
     if model.unused_output and (model.preset != "mot" or model.output_projection != "shared"):
         raise ConfigError(

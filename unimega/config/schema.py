@@ -65,7 +65,7 @@ class ModelConfig:
     decode_layers: int | None = None
     """unix, share: split layers at the top."""
     skip_from: int = -1
-    """unix: encode layer whose vision state is added before the matching decode layer; -1: none. Not with pp > 1."""
+    """unix, share: encode layer whose vision state is added before the matching decode layer; -1: none. Needs pp 1."""
     vision_offset: int
     """Token id of VQ code 0: the embedding rows of the base model (vocab_size of its config.json)."""
     codebook: int

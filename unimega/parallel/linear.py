@@ -55,7 +55,7 @@ class Weights(nn.Module):
         modalities: names for a split linear; None for a shared one.
         dim: 0 cuts the outputs over tp (column), 1 the inputs (row).
         bias: a bias on the outputs; a row linear's acts after the reduction, on local rows.
-        unused: modalities beside a shared weight whose weight is carried frozen and never used.
+        unused: modalities beside a shared weight whose weight (and bias) is carried frozen and never used.
     """
 
     def __init__(
@@ -78,14 +78,17 @@ class Weights(nn.Module):
         for suffix, i, o in zip(self.suffixes, widths_in, widths_out, strict=True):
             if not min(i, o):
                 continue
-            self.register_parameter(f"weight{suffix}", parameter(o, i, dim=dim, tp=layout.size))
-            if bias:
-                sharded = 0 if dim == 0 else None
-                made = parameter(o, dim=sharded, tp=layout.size, on_local_rows=dim == 1)
-                self.register_parameter(f"bias{suffix}", made)
+            self._register(suffix, o, i)
         for name in unused:
-            self.register_parameter(f"weight_{name}", parameter(widths_out[0], widths_in[0], dim=dim, tp=layout.size))
-            self.get_parameter(f"weight_{name}").requires_grad_(False)
+            self._register(f"_{name}", widths_out[0], widths_in[0], trained=False)
+
+    def _register(self, suffix: str, d_out: int, d_in: int, *, trained: bool = True) -> None:
+        made = {"weight": parameter(d_out, d_in, dim=self.dim, tp=self.layout.size)}
+        if self.has_bias:
+            sharded = 0 if self.dim == 0 else None
+            made["bias"] = parameter(d_out, dim=sharded, tp=self.layout.size, on_local_rows=self.dim == 1)
+        for what, values in made.items():
+            self.register_parameter(f"{what}{suffix}", values.requires_grad_(trained))
 
     def forward(self, counts: tuple[int, ...]) -> tuple[Product, ...]:
         """The GEMMs for T = sum(counts) rows: one product if all widths are equal, else one per modality that has a width."""
