@@ -47,3 +47,6 @@ def assert_as_good_as(got: torch.Tensor, low: torch.Tensor, exact: torch.Tensor,
 
 PARITY_FP32 = 1e-5
 """Relative: the same model on other ranks adds the same products in another order (measured: 2e-6 and less)."""
+
+NEIGHBOURS_LOGITS = 1e-5
+"""Of the largest |logit|, fp32: rule 1 of the design when the sizes of a document's neighbours change."""

@@ -17,7 +17,9 @@ from typing import Any
 _context: Any = None
 
 
-def run_dist(function: Callable[..., Any], *, world: int, args: tuple[Any, ...] = (), timeout: float = 150) -> list[Any]:
+def run_dist(
+    function: Callable[..., Any], *, world: int, args: tuple[Any, ...] = (), timeout: float = 150
+) -> list[Any]:
     """``function(*args)`` on every rank of a new world; what the ranks returned, in order.
 
     The function and its arguments must pickle (a function of a test module does). Default process group: gloo.
@@ -27,9 +29,7 @@ def run_dist(function: Callable[..., Any], *, world: int, args: tuple[Any, ...] 
         _context = multiprocessing.get_context("forkserver")
         _context.set_forkserver_preload(["tests.distributed.preload"])
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            _context.Process(target=_rank, args=(rank, world, folder, function, args)) for rank in range(world)
-        ]
+        ranks = [_context.Process(target=_rank, args=(rank, world, folder, function, args)) for rank in range(world)]
         for process in ranks:
             process.start()
         results = _collect(ranks, Path(folder), time.monotonic() + timeout)

@@ -48,7 +48,9 @@ def resolve_step(path: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"{path}: holds no checkpoint (no metadata.json, no {LATEST_FILE}).")
     step = path / latest.read_text().strip()
     if not (step / "metadata.json").exists():
-        raise CheckpointError(f"{latest}: names {step.name}, which is not a whole checkpoint. Name another step's folder.")
+        raise CheckpointError(
+            f"{latest}: names {step.name}, which is not a whole checkpoint. Name another step's folder."
+        )
     return step
 
 
@@ -90,7 +92,9 @@ def save_weights(
     return _save(Path(directory), step, sharded_weights(stages, groups), model)
 
 
-def save_tensors(directory: str | os.PathLike[str], tensors: dict[str, torch.Tensor], *, metadata: dict[str, Any]) -> Path:
+def save_tensors(
+    directory: str | os.PathLike[str], tensors: dict[str, torch.Tensor], *, metadata: dict[str, Any]
+) -> Path:
     """Write whole tensors as step 0 of a new checkpoint. One process with a process group of size one."""
     whole = {key: ShardedTensor.from_rank_offsets(key, value, replica_id=0) for key, value in tensors.items()}
     return _save(Path(directory), 0, whole, metadata)
@@ -118,11 +122,11 @@ def _save(directory: Path, step: int, state: dict[str, Any], model: dict[str, An
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        (temporary / MODEL_FILE).write_text(json.dumps(model, indent=1))
     dist.barrier()
     dist_checkpointing.save(state, str(temporary))
     dist.barrier()
     if dist.get_rank() == 0:
+        (temporary / MODEL_FILE).write_text(json.dumps(model, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         latest = directory / LATEST_FILE
@@ -156,7 +160,9 @@ def _halves_factory(key: str, values: torch.Tensor, replica: tuple[int, int, int
     return ShardedTensorFactory(key, values.detach(), build, torch.cat, replica)
 
 
-def _vocabulary_factory(key: str, values: torch.Tensor, rows: int, replica: tuple[int, int, int], groups: Groups) -> Any:
+def _vocabulary_factory(
+    key: str, values: torch.Tensor, rows: int, replica: tuple[int, int, int], groups: Groups
+) -> Any:
     """Rows of the file only. If tp does not divide them, each tp rank describes the whole table (``torch_dist`` wants equal cuts)."""
     tp = groups.tp
     local = values.shape[0]

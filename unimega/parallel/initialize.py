@@ -27,9 +27,7 @@ def initialize_weights(stages: Sequence[nn.Module], spec: ModelSpec, groups: Gro
                     _fill(key, part, values, spec, groups, seed)
 
 
-def _fill(
-    key: str, part: torch.Tensor, parameter: torch.Tensor, spec: ModelSpec, groups: Groups, seed: int
-) -> None:
+def _fill(key: str, part: torch.Tensor, parameter: torch.Tensor, spec: ModelSpec, groups: Groups, seed: int) -> None:
     if "norm" in key:
         part.fill_(1.0)
         return

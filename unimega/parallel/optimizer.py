@@ -31,7 +31,9 @@ def freeze(stages: Sequence[nn.Module], patterns: Sequence[str], names: Sequence
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"training.trainable={pattern!r} matches no parameter, e.g. {names[0]!r} or {names[-1]!r}.")
+            raise ConfigError(
+                f"training.trainable={pattern!r} matches no parameter, e.g. {names[0]!r} or {names[-1]!r}."
+            )
     for stage in stages:
         for name, values in stage.named_parameters():
             values.requires_grad_(values.requires_grad and any(fnmatchcase(name, p) for p in patterns))
@@ -94,7 +96,9 @@ def make_optimizer(
     )
     overrides = get_standard_config_overrides(settings)
     for factor in sorted({rate.factor for rate in optimizer.rates}):
-        key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"rate {factor}", fn=_has_rate(optimizer, factor)))
+        key = ParamKey(
+            with_name_predicate=ParamWithNamePredicate(name=f"rate {factor}", fn=_has_rate(optimizer, factor))
+        )
         overrides[key] = {"max_lr": optimizer.lr * factor}
     made = get_megatron_optimizer(settings, list(wrapped), config_overrides=overrides, use_gloo_process_groups=False)
     config.grad_scale_func = made.scale_loss

@@ -79,6 +79,15 @@ REPAIRS: tuple[Repair, ...] = (
     ),
 )
 
+NOISE = (
+    ("Transformer Engine and Apex are not installed", r"megatron\."),  # the repairs replace what it falls back to
+    ("Apex is not installed", r"megatron\."),
+    ("full scope is deprecated", r"megatron\."),  # of CUDA graphs, which we do not ask for
+    ("The .grad attribute of a Tensor that is not a leaf", r"megatron\."),  # its own optimizer's parameter shards
+    ("`torch.distributed.", r"torch\.distributed"),  # all_gather_into_tensor got another name in torch 2.13
+)
+"""Warnings, one per rank and call, that no user can act on: (message, module that is blamed)."""
+
 _applied: list[str] = []
 
 
@@ -90,8 +99,8 @@ def applied() -> tuple[str, ...]:
 @functools.cache
 def install() -> tuple[str, ...]:
     """Have every repair wait for the import of its module. Returns their names; a second call does nothing."""
-    # megatron-core warns at import, four times per rank, that it falls back to what the repairs replace.
-    warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", module=r"megatron\.")
+    for message, module in NOISE:
+        warnings.filterwarnings("ignore", message, module=module)
     for repair in REPAIRS:
         after_import(repair.module, functools.partial(_repair, repair=repair))
     return tuple(repair.name for repair in REPAIRS)

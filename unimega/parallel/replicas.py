@@ -90,6 +90,12 @@ def _compare(parameters: dict[str, nn.Parameter], group: dist.ProcessGroup, axis
 
 def _checksum(parameter: torch.Tensor) -> torch.Tensor:
     """An int64 that depends on every bit and its place."""
-    bits = parameter.detach().contiguous().view(torch.int16 if parameter.element_size() == 2 else torch.int32).long().flatten()
+    bits = (
+        parameter.detach()
+        .contiguous()
+        .view(torch.int16 if parameter.element_size() == 2 else torch.int32)
+        .long()
+        .flatten()
+    )
     place = torch.arange(1, len(bits) + 1, device=bits.device, dtype=torch.int64)
     return (bits * (place * 2654435761 + 97)).sum()

@@ -105,9 +105,7 @@ class Engine:
             self.wrapped = optimizer.wrap(
                 self.stages, self.config, overlap=self.overlap, bucket_parameters=bucket_parameters
             )
-            self.optimizer = optimizer.make_optimizer(
-                self.wrapped, self.config, optimizer_config, overlap=self.overlap
-            )
+            self.optimizer = optimizer.make_optimizer(self.wrapped, self.config, optimizer_config, overlap=self.overlap)
 
     def close(self) -> None:
         """Forget the groups, so that another engine can be made in this process."""

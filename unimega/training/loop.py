@@ -145,9 +145,7 @@ class Run:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / RUN_FILE).write_text(json.dumps(config_loader.dump(self.config), indent=1))
 
-    def _log(
-        self, step: int, batch: StepBatch, result: StepResult, lr: float, seconds: float, started: float
-    ) -> None:
+    def _log(self, step: int, batch: StepBatch, result: StepResult, lr: float, seconds: float, started: float) -> None:
         """One record; ``seconds`` is the mean time of a step since the last one."""
         tokens = self.place.global_batch_packs * self.config.data.pack_length
         flops = step_flops(self.engine.spec, batch.microbatches) * self.place.dp
@@ -165,7 +163,9 @@ class Run:
         steps = self.config.training.steps
         left = (time.perf_counter() - started) / step * (steps - step)
         if step % max(self.config.logging.every_steps, steps // 100) == 0 or step <= 3 or step == steps:
-            parts = [f"{key} {record[f'loss_{key}']:.4f}" for key in self.engine.spec.modalities if record[f"loss_{key}"]]
+            parts = [
+                f"{key} {record[f'loss_{key}']:.4f}" for key in self.engine.spec.modalities if record[f"loss_{key}"]
+            ]
             logger.info(
                 "step %d/%d  loss %.4f  %s  norm %.3f  lr %.2e  %.0f tokens/s  mfu %.1f %%  %s left",
                 step,

@@ -1,0 +1,73 @@
+"""Nothing in forward or backward makes the host wait for the device, in any preset, layout or make-up of a micro-batch."""
+
+import pytest
+
+from tests.distributed.harness import run_dist
+from tests.models import PRESETS, SKIP, microbatch
+from unimega.config.schema import OptimizerConfig, ParallelConfig
+
+LAYOUTS = {
+    "one rank": (1, ParallelConfig(overlap=False), "none"),
+    "selective": (1, ParallelConfig(overlap=False), "selective"),
+    "tp 2 + sp, full recompute": (2, ParallelConfig(tp=2, sequence_parallel=True), "full"),
+    "tp 2": (2, ParallelConfig(tp=2), "none"),
+    "pp 2 interleaved": (2, ParallelConfig(pp=2, vpp=2), "none"),
+}
+MODELS = PRESETS | {"skip": SKIP}
+
+
+def forward_backward(names: list[str], parallel: ParallelConfig, recompute: str) -> dict[str, str]:
+    """On a rank: what each model did that waits, by name; the models are tried with a text-only micro-batch too."""
+    from tests.sync_guard import HostSync, forbid_syncs
+    from unimega import backend
+    from unimega.training.engine import Engine
+
+    found = {}
+    for name in names:
+        engine = Engine(MODELS[name], parallel, optimizer_config=OptimizerConfig(), recompute=recompute)
+        tp = engine.groups.tp
+        batches = [
+            backend.to_device(
+                microbatch(MODELS[name], kind, 1, tp_rank=tp.rank(), tp=tp.size(), sp=engine.config.sequence_parallel)
+            )
+            for kind in ("mixed", "text")
+        ]
+        try:
+            with forbid_syncs():
+                engine.forward_backward(batches)
+        except HostSync as sync:
+            found[name] = str(sync)
+        engine.close()
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_host_sync(layout: str) -> None:
+    world, parallel, recompute = LAYOUTS[layout]
+    names = [name for name in MODELS if name != "skip" or parallel.pp == 1]
+    for found in run_dist(forward_backward, world=world, args=(names, parallel, recompute)):
+        assert not found
+
+
+def planted() -> str:
+    """On a rank: an engine whose norm reads a number back."""
+    from tests.sync_guard import HostSync, forbid_syncs
+    from unimega import backend
+    from unimega.layers.norm import Norm
+    from unimega.training.engine import Engine
+
+    engine = Engine(PRESETS["unix"], ParallelConfig(overlap=False), optimizer_config=OptimizerConfig())
+    original = Norm.forward
+    Norm.forward = lambda self, x, counts: original(self, x * float(x.sum() != 0), counts)
+    try:
+        with forbid_syncs():
+            engine.forward_backward([backend.to_device(microbatch(PRESETS["unix"], "mixed", 1))])
+    except HostSync as sync:
+        return str(sync)
+    finally:
+        Norm.forward = original
+    return ""
+
+
+def test_the_guard_sees_a_planted_sync() -> None:
+    assert "wait" in run_dist(planted, world=1)[0]
