@@ -123,6 +123,11 @@ class Corpus:
     def stream(self, seed: int, start: int, count: int) -> tuple[Ints, Ints]:
         """Epochs and documents at places [start, start + count) of the endless shuffled stream: int64 [count] each."""
         size = self.num_documents
+        if size <= order.SORTED_BELOW:  # many epochs at once
+            first, last = start // size, (start + count + size - 1) // size
+            keys = order.draw(seed, self.key, np.arange(first, last))
+            places = np.arange(start, start + count, dtype=np.int64)
+            return places // size, order.permute_whole(size, keys).ravel()[places - first * size]
         epochs, documents = [], []
         while count:
             epoch, place = divmod(start, size)

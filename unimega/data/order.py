@@ -50,7 +50,7 @@ def permute(size: int, key: int, start: int, count: int) -> npt.NDArray[np.int64
     Time and memory follow ``count``, not ``size`` (above ``SORTED_BELOW``).
     """
     if size <= SORTED_BELOW:
-        return np.argsort(draw(key, np.arange(size)), kind="stable")[start : start + count].astype(np.int64)
+        return permute_whole(size, np.asarray([key], dtype=np.uint64))[0, start : start + count]
     half = np.uint64(((size - 1).bit_length() + 1) // 2)
     low = np.uint64((1 << int(half)) - 1)
     keys = draw(key, np.arange(_ROUNDS))
@@ -65,3 +65,8 @@ def permute(size: int, key: int, start: int, count: int) -> npt.NDArray[np.int64
         out[todo] = value
         todo = todo[value >= np.uint64(size)]
     return out.astype(np.int64)
+
+
+def permute_whole(size: int, keys: Words) -> npt.NDArray[np.int64]:
+    """The permutations of a small set (``SORTED_BELOW``) that belong to ``keys`` [n], whole: int64 [n, size]."""
+    return np.argsort(draw(keys[:, None], np.arange(size)), axis=1, kind="stable").astype(np.int64)

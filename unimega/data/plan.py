@@ -24,7 +24,7 @@ from unimega.data.tokenize import SpecialIds, TextTokenizer
 from unimega.errors import ConfigError, DataError
 
 _log = log.get(__name__)
-_WIDE_WINDOW_EPOCHS = 1000
+_MANY_EPOCHS, _WIDE_WINDOW_TOKENS = 1000, 1 << 22
 EVALUATION_SEED = 0
 """Evaluation reads the same packs in every run."""
 
@@ -256,14 +256,14 @@ class DataPlan:
         for corpus in self.corpora:
             stored = int(corpus.reader.lengths.sum(dtype=np.int64))
             epochs = self.recipe.window_tokens * corpus.weight / total / max(1, stored)
-            if epochs > _WIDE_WINDOW_EPOCHS:
+            if epochs > _MANY_EPOCHS and self.recipe.window_tokens > _WIDE_WINDOW_TOKENS:
                 _log.warning(
-                    "data.window_tokens=%d plans about %d epochs of %s at once, which costs time and memory at the start. "
+                    "data.window_tokens=%d plans about %d epochs of %s at once: time and memory at the start. "
                     "Set less, such as %d.",
                     self.recipe.window_tokens,
                     epochs,
                     corpus.name,
-                    max(1 << 20, self.recipe.pack_length),
+                    _WIDE_WINDOW_TOKENS,
                 )
 
     def _tokenizer(self) -> TextTokenizer | None:

@@ -122,14 +122,15 @@ class CorpusWriter:
             "idx": {"bytes": len(index), "crc32": f"{zlib.crc32(index):08x}"},
             "columns": [],
         }
-        _write_synced(Path(f"{self.prefix}.json.tmp"), (json.dumps(sidecar, indent=1) + "\n").encode())
+        text = json.dumps(sidecar, indent=1) + "\n"
+        _write_synced(Path(f"{self.prefix}.json.tmp"), text.encode())
         _write_synced(Path(f"{self.prefix}.idx.tmp"), index)
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         for ending in ("bin", "json", "idx"):
             os.replace(f"{self.prefix}.{ending}.tmp", f"{self.prefix}.{ending}")
         self._finished = True
         _sync_folder(Path(self.prefix).parent)
-        return sidecar
+        return dict(json.loads(text))
 
 
 def _counts(lengths: layout.Ids, modes: np.ndarray[Any, np.dtype[np.int8]]) -> dict[str, Any]:

@@ -1,0 +1,275 @@
+"""The bytes of a corpus: written, read, read by megatron-core, and refused when damaged."""
+
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import unimega.parallel  # noqa: F401 (redirects megatron-core before it is imported)
+from tests.unit.data_corpora import facts, read, write
+from unimega.data import format as layout
+from unimega.data.reader import IndexedCorpus
+from unimega.data.writer import CorpusWriter
+from unimega.errors import DataError
+
+IDX = bytes.fromhex(
+    "4d4d494449445800000100000000000000040300000000000000030000000000"
+    "000002000000030000000100000000000000000000000800000000000000140000000000000000000000000000000200000000000000"
+    "0300000000000000100100"
+)
+BIN = bytes.fromhex("0500000007000000ff1f0000000000002c01000070110100")
+EXAMPLE = [[(0x10, [5, 7]), (0x01, [8191, 0, 300])], [(0x00, [70000])]]
+
+modes = st.integers(0, 63)
+documents = st.lists(
+    st.lists(st.tuples(modes, st.lists(st.integers(0, 2**31 - 1), max_size=12)), min_size=1, max_size=4),
+    min_size=1,
+    max_size=30,
+)
+
+
+def test_the_worked_example_has_these_bytes(tmp_path):
+    prefix = write(tmp_path / "tiny", EXAMPLE)
+    assert Path(prefix + ".idx").read_bytes() == IDX
+    assert Path(prefix + ".bin").read_bytes() == BIN
+    assert read(prefix) == EXAMPLE
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_documentation_shows_these_bytes():
+    text = (Path(__file__).parents[2] / "docs" / "data_formats.md").read_text()
+    for raw, name in ((IDX, ".idx"), (BIN, ".bin")):
+        start = text.index(f"{name} 0000")
+        shown = bytearray()
+        for line in text[start:].splitlines()[: -(-len(raw) // 16)]:
+            cells = line.strip().split("  ")[1].replace("|", " ").split()
+            shown += bytes(int(cell, 16) for cell in cells)
+        assert bytes(shown) == raw
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents)
+def test_what_is_written_is_read(tmp_path_factory, written):
+    folder = tmp_path_factory.mktemp("roundtrip")
+    prefix = write(folder / "a", written)
+    assert read(prefix) == written
+    sidecar = json.loads(Path(prefix + ".json").read_text())
+    data = Path(prefix + ".bin").read_bytes()
+    assert sidecar["bin"] == {
+        "bytes": len(data),
+        "block_bytes": 67108864,
+        "crc32": [f"{zlib.crc32(data):08x}"] if data else [],
+    }
+    assert sidecar["counts"]["documents"] == len(written)
+    assert sidecar["counts"]["tokens"]["text"] == sum(len(i) for d in written for m, i in d if m & 7 == 0)
+    assert sidecar["counts"]["images"] == sum(m & 7 == 1 for d in written for m, _ in d)
+    IndexedCorpus(prefix).check_blocks()
+
+
+def test_blocks_are_summed_across_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "BLOCK_BYTES", 64)
+    draw = np.random.default_rng(0)
+    prefix = write(tmp_path / "a", [[(0, draw.integers(0, 9, n).tolist())] for n in (1, 15, 16, 40, 0, 3)])
+    data = Path(prefix + ".bin").read_bytes()
+    expected = [f"{zlib.crc32(data[at : at + 64]):08x}" for at in range(0, len(data), 64)]
+    assert json.loads(Path(prefix + ".json").read_text())["bin"]["crc32"] == expected
+    IndexedCorpus(prefix).check_blocks()
+    Path(prefix + ".bin").write_bytes(data[:70] + bytes([data[70] ^ 1]) + data[71:])
+    with pytest.raises(DataError, match=r"crc32 of block 1"):
+        IndexedCorpus(prefix).check_blocks()
+
+
+def test_megatron_core_reads_ours_and_we_read_its_files(tmp_path):
+    torch = pytest.importorskip("torch", reason="megatron-core needs torch")
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+    draw = np.random.default_rng(1)
+    written = [
+        [(int(draw.integers(0, 64)), draw.integers(0, 2**31 - 1, draw.integers(0, 20)).tolist()) for _ in range(n)]
+        for n in draw.integers(1, 5, 50)
+    ]
+    prefix = write(tmp_path / "ours", written)
+    flat = [item for document in written for item in document]
+    for multimodal in (True, False):
+        dataset = IndexedDataset(prefix, multimodal=multimodal)
+        assert dataset.document_indices.tolist() == np.cumsum([0] + [len(d) for d in written]).tolist()
+        for number, (mode, ids) in enumerate(flat):
+            found = dataset[number]
+            if multimodal:
+                found, found_mode = found
+                assert int(found_mode) == mode
+            assert found.tolist() == ids
+    theirs = str(tmp_path / "theirs")
+    builder = IndexedDatasetBuilder(theirs + ".bin", dtype=np.int32, multimodal=True)
+    for document in written:
+        for mode, ids in document:
+            builder.add_item(torch.tensor(ids, dtype=torch.int32), mode)
+        builder.end_document()
+    builder.finalize(theirs + ".idx")
+    for ending in (".bin", ".idx"):
+        assert Path(theirs + ending).read_bytes() == Path(prefix + ending).read_bytes()
+
+    plain = str(tmp_path / "plain")
+    builder = IndexedDatasetBuilder(plain + ".bin", dtype=np.uint16)
+    texts = [[int(i) for i in draw.integers(0, 60000, n)] for n in (3, 9, 1)]
+    for ids in texts:
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(plain + ".idx")
+    assert read(plain) == [[(0, ids)] for ids in texts]
+
+
+def test_a_view_outlives_its_corpus(tmp_path):
+    prefix = write(tmp_path / "a", EXAMPLE)
+    code = f"from unimega.data.reader import IndexedCorpus as C\nx = C({prefix!r}).sequence(1)\nprint(x.tolist())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout.strip()) == (0, "[8191, 0, 300]")
+
+
+def test_pointers_beyond_4_gib(tmp_path):
+    prefix, far = str(tmp_path / "big"), 5 << 30
+    with open(prefix + ".bin", "wb") as file:
+        file.seek(far)
+        file.write(np.asarray([7, 8], dtype="<i4").tobytes())
+    header = layout.MAGIC + layout.HEADER.pack(1, 4, 1, 2)
+    Path(prefix + ".idx").write_bytes(header + struct.pack("<iqqq", 2, far, 0, 1))
+    corpus = IndexedCorpus(prefix)
+    corpus.check()
+    assert corpus.sequence(0).tolist() == [7, 8]
+
+
+def _open(prefix):
+    corpus = IndexedCorpus(prefix)
+    corpus.check()
+
+
+def _poke(path, at, data):
+    raw = bytearray(Path(path).read_bytes())
+    raw[at : at + len(data)] = data
+    Path(path).write_bytes(raw)
+
+
+def _sidecar(prefix, change):
+    path = Path(prefix + ".json")
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+HOSTILE = {
+    "idx missing": (lambda p: Path(p + ".idx").unlink(), r"a\.idx: not there. Preprocessing was not finished"),
+    "bin missing": (lambda p: Path(p + ".bin").unlink(), r"a\.bin: not there, but a\.idx is"),
+    "idx empty": (lambda p: Path(p + ".idx").write_bytes(b""), r"a\.idx: magic \(0 bytes\) is not MMIDIDX"),
+    "idx cut": (
+        lambda p: Path(p + ".idx").write_bytes(IDX[:96]),
+        r"96 bytes, but its header \(S=3, D=3\) needs 94 or 97",
+    ),
+    "idx cut in the header": (lambda p: Path(p + ".idx").write_bytes(IDX[:20]), r"20 bytes, a header alone has 34"),
+    "trailing": (
+        lambda p: Path(p + ".idx").write_bytes(IDX + bytes(4)),
+        r"101 bytes, but its header \(S=3, D=3\) needs 94 or 97",
+    ),
+    "cut by S bytes": (
+        lambda p: Path(p + ".idx").write_bytes(IDX[:-3]),
+        r"94 bytes, no modes, but a\.json is there: 97 are needed",
+    ),
+    "magic": (lambda p: _poke(p + ".idx", 0, b"\0"), r"a\.idx: magic 00 4d 49 44 is not MMIDIDX: not an index file"),
+    "version": (lambda p: _poke(p + ".idx", 9, b"\2"), r"version 2, this reader knows 1"),
+    "dtype": (lambda p: _poke(p + ".idx", 17, b"\7"), r"dtype code 7 is not an integer type"),
+    "S of 2^60": (lambda p: _poke(p + ".idx", 18, struct.pack("<Q", 2**60)), r"header \(S=1152921504606846976, D=3\)"),
+    "D of 2^60": (lambda p: _poke(p + ".idx", 26, struct.pack("<Q", 2**60)), r"D=1152921504606846976\)"),
+    "D of 0": (lambda p: _poke(p + ".idx", 26, struct.pack("<Q", 0)), r"document index of 0 entries"),
+    "length below 0": (lambda p: _poke(p + ".idx", 34, struct.pack("<i", -1)), r"length of sequence 0 is -1, below 0"),
+    "bin cut": (
+        lambda p: Path(p + ".bin").write_bytes(BIN[:20]),
+        r"a\.bin: 20 bytes, but sequence 2 ends at byte 24. Copy interrupted",
+    ),
+    "bin empty": (lambda p: Path(p + ".bin").write_bytes(b""), r"a\.bin: 0 bytes, but sequence 2 ends at byte 24"),
+    "bin longer": (lambda p: Path(p + ".bin").write_bytes(BIN + bytes(4)), r"a\.bin: 28 bytes, but a\.json says 24"),
+    "pointer past the end": (lambda p: _poke(p + ".idx", 54, struct.pack("<q", 400)), r"sequence 1 ends at byte 412"),
+    "pointer negative": (lambda p: _poke(p + ".idx", 54, struct.pack("<q", -4)), r"sequence 1 starts at byte -4"),
+    "pointer odd": (
+        lambda p: _poke(p + ".idx", 54, struct.pack("<q", 7)),
+        r"sequence 1 starts at byte 7, not a multiple of 4",
+    ),
+    "documents falling": (
+        lambda p: _poke(p + ".idx", 78, struct.pack("<q", 9)),
+        r"document 1 starts at sequence 9, the next at 3",
+    ),
+    "documents not from 0": (
+        lambda p: _poke(p + ".idx", 70, b"\1"),
+        r"documents run from sequence 1 to 3, not from 0 to 3",
+    ),
+    "reserved mode bits": (lambda p: _poke(p + ".idx", 94, b"\x50"), r"mode 0x50 of sequence 0 has reserved bits set"),
+    "changed within the rules": (
+        lambda p: _poke(p + ".idx", 94, b"\x20"),
+        r"a\.idx: crc32 is [0-9a-f]{8}, a\.json says",
+    ),
+    "sidecar missing": (lambda p: Path(p + ".json").unlink(), r"a\.json: not there, but a\.idx has modes. Copy it too"),
+    "sidecar not JSON": (lambda p: Path(p + ".json").write_text("{"), r"a\.json: not a sidecar of unimega-data"),
+    "sidecar a list": (lambda p: Path(p + ".json").write_text("[]"), r"a\.json: not a sidecar of unimega-data"),
+    "sidecar without a key": (
+        lambda p: _sidecar(p, lambda v: v["idx"].pop("crc32")),
+        r"a\.json: not a sidecar .*idx\.crc32",
+    ),
+    "sidecar of tomorrow": (lambda p: _sidecar(p, lambda v: v.update(version=2)), r"version 2, this reader knows"),
+    "sidecar of another run": (
+        lambda p: _sidecar(p, lambda v: v["counts"].update(documents=5)),
+        r"2 documents, but a\.json says 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_damaged_corpus_is_refused_in_one_line(case, tmp_path):
+    prefix = write(tmp_path / "a", EXAMPLE)
+    damage, line = HOSTILE[case]
+    damage(prefix)
+    with pytest.raises(DataError, match=line) as caught:
+        _open(prefix)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_damaged_byte_of_an_index_is_found(tmp_path):
+    prefix = write(tmp_path / "a", EXAMPLE)
+    for at in range(len(IDX)):
+        for mask in (0x01, 0x80, 0xFF):
+            _poke(prefix + ".idx", 0, IDX)
+            _poke(prefix + ".idx", at, bytes([IDX[at] ^ mask]))
+            with pytest.raises(DataError):
+                _open(prefix)
+
+
+@pytest.mark.parametrize("size", [*range(0, 97, 7), 94, 96])
+def test_an_index_cut_anywhere_is_refused(tmp_path, size):
+    prefix = write(tmp_path / "a", EXAMPLE)
+    Path(prefix + ".idx").write_bytes(IDX[:size])
+    with pytest.raises(DataError):
+        _open(prefix)
+
+
+def test_nothing_is_left_of_a_writer_that_failed(tmp_path):
+    with pytest.raises(RuntimeError), CorpusWriter(tmp_path / "a") as writer:
+        writer.add_document([(0, np.arange(4, dtype=np.int32))])
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_corpus_is_kept_unless_told_otherwise(tmp_path):
+    prefix = write(tmp_path / "a", EXAMPLE)
+    with pytest.raises(DataError, match=r"exists already.*--overwrite"):
+        CorpusWriter(prefix)
+    with pytest.raises(RuntimeError), CorpusWriter(prefix, overwrite=True) as writer:
+        writer.add_document([(0, np.arange(4, dtype=np.int32))])
+        raise RuntimeError
+    assert read(prefix) == EXAMPLE
+    with CorpusWriter(prefix, overwrite=True) as writer:
+        writer.add_document([(0, np.arange(4, dtype=np.int32))])
+        writer.finish(facts())
+    assert read(prefix) == [[(0, [0, 1, 2, 3])]]

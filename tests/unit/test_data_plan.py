@@ -1,0 +1,289 @@
+"""The order of a run: shares, epochs, independence of ranks, evaluation, prefetching."""
+
+import collections
+import logging
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.data_corpora import EOS, FIRST_WORD, VOCABULARY, facts, pair, random_documents, write
+from unimega.data import format as layout
+from unimega.data.corpus import vision_ids
+from unimega.data.loader import Loader, Place, step_batch
+from unimega.data.mixture import Cursor
+from unimega.data.plan import DataPlan, Recipe, Source
+from unimega.errors import ConfigError, DataError
+
+
+def recipe(**changes) -> Recipe:
+    return Recipe(**({"pack_length": 96, "templates": "none", "window_tokens": 1 << 13} | changes))
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpora")
+    return {
+        "text": write(folder / "text", random_documents(300, 1, kinds="t")),
+        "pairs": write(folder / "pairs", random_documents(200, 2, kinds="p")),
+        "mixed": write(folder / "mixed", random_documents(70, 3, kinds="i")),
+    }
+
+
+def sources_of(corpora, **weights):
+    return [Source(path=corpora[name], weight=weight) for name, weight in weights.items()]
+
+
+MIX = {"text": 35.0, "pairs": 50.0, "mixed": 15.0}
+
+
+@pytest.fixture(scope="module")
+def plan(corpora):
+    return DataPlan(sources_of(corpora, **MIX), VOCABULARY, recipe())
+
+
+def equal(one, other):
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in one.__dataclass_fields__)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 99), weights=st.tuples(*[st.floats(0.05, 1)] * 3), windows=st.integers(1, 4))
+def test_shares_epochs_and_order(corpora, seed, weights, windows):
+    plan = DataPlan(sources_of(corpora, **dict(zip(MIX, weights, strict=True))), VOCABULARY, recipe(seed=seed))
+    cursors, first, seen = tuple(Cursor() for _ in weights), 0, [[], [], []]
+    total = sum(corpus.weight for corpus in plan.corpora)
+    for number in range(windows):
+        window = plan.mixture.window(number, first, cursors)
+        for index, corpus in enumerate(plan.corpora):
+            documents = window.document[window.corpus == index]
+            seen[index] += documents.tolist()
+            goal = (number + 1) * plan.recipe.window_tokens * corpus.weight // total
+            after = window.after[index]
+            assert goal <= after.tokens < goal + 96 and after.documents == len(seen[index])
+        # in any prefix every corpus is within two documents of its share
+        length = window.choices.length
+        running = np.stack([np.cumsum(length * (window.corpus == index)) for index in range(3)])
+        shares = running[:, -1] / running[:, -1].sum()
+        assert np.abs(running - shares[:, None] * running.sum(axis=0)).max() <= 2 * length.max()
+        cursors, first = window.after, window.next_pack
+    for corpus, documents in zip(plan.corpora, seen, strict=True):
+        size = corpus.num_documents
+        for start in range(0, len(documents) - size + 1, size):
+            assert sorted(documents[start : start + size]) == list(range(size))
+        rest = documents[len(documents) // size * size :]
+        assert len(set(rest)) == len(rest)
+
+
+def test_every_document_lies_in_one_pack(plan):
+    window = plan._window_of(0)
+    assert sorted(window.packs.items.tolist()) == list(range(len(window.document)))
+    assert window.choices.length.sum() == sum((plan.pack(n).document > 0).sum() for n in range(window.next_pack))
+
+
+def test_another_corpus_moves_nobody(corpora):
+    alone = DataPlan(sources_of(corpora, pairs=1.0), VOCABULARY, recipe())
+    joined = DataPlan(sources_of(corpora, text=1.0, pairs=1.0), VOCABULARY, recipe())
+    one, two = alone._window_of(0), joined._window_of(0)
+    mine = two.corpus == 1
+    assert mine.sum() > 100
+    assert np.array_equal(one.document[: mine.sum()], two.document[mine])
+    assert np.array_equal(one.choices.variant[: mine.sum()], two.choices.variant[mine])
+
+
+def test_the_order_follows_the_seed_alone(corpora, plan):
+    again = DataPlan(sources_of(corpora, **MIX), VOCABULARY, recipe())
+    last = plan._window_of(0).next_pack + 3
+    assert plan.hash() == again.hash() and equal(plan.pack(5), again.pack(5))
+    late = again.pack(last)  # asked for out of order
+    assert equal(plan.pack(last), late) and equal(plan.pack(0), again.pack(0))
+    other = DataPlan(sources_of(corpora, **MIX), VOCABULARY, recipe(seed=2))
+    assert other.hash() != plan.hash() and not equal(other.pack(0), plan.pack(0))
+
+
+def test_far_packs_need_two_windows_in_memory(corpora):
+    plan = DataPlan(sources_of(corpora, **MIX), VOCABULARY, recipe())
+    plan.pack(600)
+    assert len(plan._first_packs) > 4 and len(plan._windows) <= 2
+    assert plan.pack(0).mask.any() and len(plan._windows) <= 2
+
+
+@pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_ranks_and_microbatches_only_share_the_packs_out(plan, dp, micro):
+    border = plan._window_of(0).next_pack // 8  # a step that crosses windows
+    for step in (0, border):
+        by_pack = {}
+        for rank in range(dp):
+            place = Place(global_batch_packs=8, micro_batch_packs=micro, dp_rank=rank, dp=dp)
+            batch = step_batch(plan, step, place, [4.0, 1.0])
+            for accumulation, micro_batch in enumerate(batch.microbatches):
+                rows = micro_batch.tokens[micro_batch.order.inverse].reshape(micro, 96)
+                weights = micro_batch.loss_weights[micro_batch.order.inverse].reshape(micro, 96)
+                for i in range(micro):
+                    by_pack[(accumulation * dp + rank) * micro + i] = rows[i], weights[i]
+        assert sorted(by_pack) == list(range(8))
+        for number, (tokens, weights) in by_pack.items():
+            pack = plan.pack(step * 8 + number)
+            assert np.array_equal(tokens, pack.tokens)
+            assert np.array_equal(weights > 0, pack.mask)
+        total = sum(float(weights.astype(np.float64).sum()) for _, weights in by_pack.values())
+        assert total == pytest.approx(1.0, rel=1e-5)
+        assert batch.denominator == 4.0 * batch.targets[0] + batch.targets[1]
+
+
+def test_targets_are_what_the_packs_hold(plan):
+    for step in range(0, 40, 7):
+        packs = [plan.pack(step * 8 + number) for number in range(8)]
+        found = sum(np.bincount(pack.modality[pack.mask], minlength=2) for pack in packs)
+        assert np.array_equal(plan.targets(step, global_batch_packs=8), found)
+
+
+def test_tensor_parallel_ranks_get_their_rows(plan):
+    for rank in range(2):
+        (batch,) = plan.microbatches(
+            0, global_batch_packs=1, micro_batch_packs=1, loss_scale=[1, 1], tp_rank=rank, tp=2, sequence_parallel=True
+        )
+        assert sum(batch.order.local_counts) == 48
+
+
+def test_a_global_batch_that_cannot_be_shared_out(plan):
+    with pytest.raises(
+        ConfigError, match=r"global_batch_packs=6 is wrong. It must be a multiple of dp x micro_batch_packs = 2 x 2"
+    ):
+        plan.microbatches(0, global_batch_packs=6, micro_batch_packs=2, dp=2, loss_scale=[1, 1])
+
+
+def test_evaluation_shows_everything_once_and_then_pads(corpora):
+    plan = DataPlan(sources_of(corpora, text=1.0, pairs=1.0), VOCABULARY, recipe(seed=9), evaluation=True)
+    same = DataPlan(sources_of(corpora, text=5.0, pairs=1.0), VOCABULARY, recipe(seed=7), evaluation=True)
+    assert plan.hash() == same.hash()
+    documents = sum(int(plan.pack(n).document.max()) for n in range(plan.num_packs))
+    assert documents == 500
+    steps = plan.num_steps(64)
+    assert (steps - 1) * 64 < plan.num_packs <= steps * 64
+    last = step_batch(plan, steps - 1, Place(global_batch_packs=64, micro_batch_packs=1), [1.0, 1.0])
+    assert last.microbatches[-1].order.pads == 96 and not len(last.microbatches[-1].loss_rows)
+    beyond = step_batch(plan, plan.num_packs, Place(global_batch_packs=2, micro_batch_packs=2), [1.0, 1.0])
+    assert beyond.targets == (0, 0) and beyond.denominator == 0.0 and not beyond.microbatches[0].loss_weights.any()
+
+
+def test_over_long_documents(tmp_path):
+    documents = [[(layout.MODE_TEXT, [FIRST_WORD + n % 9] * n)] for n in (10, 96, 95, 30)]
+    prefix = write(tmp_path / "a", documents)
+    with pytest.raises(
+        DataError, match=r"a document 1 \(rows.jsonl\): 97 tokens, data.pack_length is 96; .* Raise it to >= 128 or set"
+    ):
+        DataPlan([Source(path=prefix)], VOCABULARY, recipe(), evaluation=True)
+    plan = DataPlan([Source(path=prefix)], VOCABULARY, recipe(overlong="drop", window_tokens=1 << 12))
+    window = plan._window_of(0)
+    (cursor,) = window.after
+    drawn = collections.Counter(plan.corpora[0].stream(1, 0, cursor.documents)[1].tolist())
+    assert cursor.dropped == 97 * drawn[1] and cursor.tokens == window.choices.length.sum() >= 1 << 12
+    assert cursor.tokens == sum((plan.pack(n).document > 0).sum() for n in range(window.next_pack))
+    assert "dropped" in plan.describe() and 1 not in window.document
+    whole = DataPlan([Source(path=prefix)], VOCABULARY, recipe(overlong="drop"), evaluation=True)
+    assert sorted(whole._window_of(0).document.tolist()) == [0, 2, 3]
+    image = write(tmp_path / "image", [pair([8], [0] * 95)])
+    with pytest.raises(DataError, match=r"image document 0 .*: image of 97 tokens, data.pack_length is 96"):
+        DataPlan([Source(path=image)], VOCABULARY, recipe(overlong="drop"))
+    giant = write(tmp_path / "giant", documents[1:2])
+    with pytest.raises(DataError, match=r"giant: every document is longer than data.pack_length=96"):
+        DataPlan([Source(path=giant)], VOCABULARY, recipe(overlong="drop"))
+
+
+def test_corpora_that_do_not_go_together(tmp_path, corpora):
+    other = facts()["tokenizer"] | {"sha256": "beef"}
+    stranger = write(tmp_path / "stranger", random_documents(3, 0), tokenizer=other)
+    with pytest.raises(DataError, match=r"stranger.json: made with tokenizer beef, text has f00d"):
+        DataPlan([*sources_of(corpora, text=1.0), Source(path=stranger)], VOCABULARY, recipe())
+    twin = write(tmp_path / "text", random_documents(3, 0))
+    with pytest.raises(ConfigError, match=r"are both named 'text'"):
+        DataPlan([*sources_of(corpora, text=1.0), Source(path=twin)], VOCABULARY, recipe())
+    DataPlan([*sources_of(corpora, text=1.0), Source(path=twin, name="twin")], VOCABULARY, recipe())
+    for source, line in (
+        (Source(path=twin, weight=0.0), "weight=0.0 of text is wrong"),
+        (Source(path=twin, direction="x"), "direction='x' of text is wrong. Use both, t2i, i2t"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            DataPlan([source], VOCABULARY, recipe())
+    with pytest.raises(ConfigError, match=r"data.train is empty"):
+        DataPlan([], VOCABULARY, recipe())
+    empty = write(tmp_path / "empty", [])
+    with pytest.raises(DataError, match=r"0 documents. A corpus needs at least one"):
+        DataPlan([Source(path=empty)], VOCABULARY, recipe())
+    audio = write(tmp_path / "audio", [[(layout.mode(2), [1])]])
+    with pytest.raises(DataError, match=r"a sequence of modality 2; known are"):
+        DataPlan([Source(path=audio)], VOCABULARY, recipe())
+
+
+def test_megatron_text_joins_ours(tmp_path, corpora):
+    prefix = tmp_path / "plain"
+    texts = [[8, 9, EOS], [10], [11, 12]]
+    lengths = np.asarray([len(t) for t in texts], dtype=np.int32)
+    parts = layout.index_parts(lengths, np.arange(4, dtype=np.int64), np.zeros(3, dtype=np.int8))
+    (tmp_path / "plain.idx").write_bytes(b"".join(parts[:-1]))
+    (tmp_path / "plain.bin").write_bytes(np.asarray([i for ids in texts for i in ids], dtype="<i4").tobytes())
+    with pytest.raises(ConfigError, match=r"no corpus has a sidecar that names eos"):
+        DataPlan([Source(path=str(prefix))], VOCABULARY, recipe())
+    plan = DataPlan([Source(path=str(prefix)), *sources_of(corpora, text=1.0)], VOCABULARY, recipe(), evaluation=True)
+    window = plan._window_of(0)
+    lengths = dict(zip(window.document[window.corpus == 0], window.choices.length[window.corpus == 0], strict=True))
+    assert lengths == {0: 3, 1: 2, 2: 3}
+    assert all(plan.pack(n).mask.any() for n in range(plan.num_packs))
+
+
+def test_vision_ids_of_the_tokenizer(corpora):
+    assert vision_ids(list(corpora.values())) == (3,)
+
+
+def test_a_window_of_thousands_of_epochs_is_told(tmp_path, caplog):
+    prefix = write(tmp_path / "a", [[(layout.MODE_TEXT, [8] * 95)]])
+    with caplog.at_level(logging.INFO, logger="unimega.data.plan"):
+        DataPlan([Source(path=prefix)], VOCABULARY, recipe(window_tokens=1 << 23))
+    assert "plans about 88301 epochs of a at once" in caplog.text and "padding 0.00 %" in caplog.text
+
+
+def test_the_loader_keeps_order_and_ends(plan):
+    place = Place(global_batch_packs=4, micro_batch_packs=2)
+    loader = Loader(plan, place, [1.0, 1.0], first_step=3, last_step=9)
+    batches = list(loader)
+    assert [batch.step for batch in batches] == list(range(3, 9)) and next(loader, None) is None
+    again = step_batch(plan, 5, place, [1.0, 1.0])
+    assert np.array_equal(batches[2].microbatches[1].tokens, again.microbatches[1].tokens)
+    loader.close()
+    assert not loader._thread.is_alive()
+
+
+def test_an_error_in_the_loader_reaches_the_step_that_needs_it(plan, monkeypatch):
+    whole = DataPlan.targets
+
+    def failing(self, step, **arguments):
+        if step == 2:
+            raise DataError("row 7")
+        return whole(self, step, **arguments)
+
+    monkeypatch.setattr(DataPlan, "targets", failing)
+    loader = Loader(plan, Place(global_batch_packs=4, micro_batch_packs=2), [1.0, 1.0])
+    assert [next(loader).step for _ in range(2)] == [0, 1]
+    with pytest.raises(DataError, match=r"row 7"):
+        next(loader)
+    assert next(loader, None) is None
+
+
+def test_a_loader_that_is_not_read_can_be_closed(plan):
+    loader = Loader(plan, Place(global_batch_packs=4, micro_batch_packs=2), [1.0, 1.0], prefetch_steps=1)
+    start = time.monotonic()
+    loader.close()
+    assert time.monotonic() - start < 10 and next(loader, None) is None
+
+
+def test_the_digits_step_is_fast(tmp_path):
+    """4 packs of 96 a step: 0.5 ms measured on one busy core, so that 20 ms mean something went wrong."""
+    prefix = write(tmp_path / "a", random_documents(500, 4, kinds="p"))
+    plan = DataPlan([Source(path=prefix)], VOCABULARY, recipe(window_tokens=1 << 16))
+    start = time.process_time()
+    for step in range(50):
+        step_batch(plan, step, Place(global_batch_packs=4, micro_batch_packs=4), [4.0, 1.0])
+    assert (time.process_time() - start) / 50 < 0.02

@@ -1,0 +1,225 @@
+"""jsonl to corpus, end to end with a tokenizer made here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.unit.data_corpora import read
+from unimega.data import format as layout
+from unimega.data.preprocess import Job, preprocess
+from unimega.data.reader import IndexedCorpus
+from unimega.data.tokenize import TextTokenizer
+from unimega.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+SPECIALS = ["<|endoftext|>", "<|pad|>", "<|vision_start|>", "<|vision_end|>", "<unconditional>"]
+IMAGE = [3, 0, 31, 7]
+
+
+def make_tokenizer(folder: Path, *, specials=SPECIALS, config: dict | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["a red bus", "the red car and the blue bus", "draw the caption"], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, values in (config or {}).items():
+        (folder / name).write_text(json.dumps(values))
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return make_tokenizer(tmp_path / "tokenizer")
+
+
+def run(tmp_path, tokenizer, rows, **job):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows))
+    values = {"codebook": 32, "codes_per_image": (4,), "overwrite": True} | job
+    sidecar = preprocess(Job(inputs=(str(path),), output=str(tmp_path / "out"), tokenizer=str(tokenizer), **values))
+    return read(str(tmp_path / "out")), sidecar
+
+
+def test_every_kind_of_row(tmp_path, tokenizer):
+    def encode(text):
+        return TextTokenizer(tokenizer).encode([text])[0].tolist()
+
+    rows = [
+        {"text": "a red bus"},
+        {"caption": "a red bus", "codes": IMAGE},
+        {"id": "x", "text": None, "caption": "the car", "vqcode_512": str(IMAGE), "vqcode_multi768": "no", "length": 9},
+        {"text": "the car", "codes": IMAGE},
+        {"input_ids": [7, 8, 9]},
+        {"items": ["the ", {"text": "car"}, IMAGE, {"codes": str(IMAGE)}, "bus"]},
+        {"text": "plain", "codes": None, "data_type": "text"},
+        {"text": "caf\u00e9 \U0001f68c"},
+    ]
+    found, sidecar = run(tmp_path, tokenizer, rows)
+    image = (layout.MODE_IMAGE, IMAGE)
+    assert found == [
+        [(0, encode("a red bus"))],
+        [(0x10, encode("a red bus")), image],
+        [(0x10, encode("the car")), image],
+        [(0x10, encode("the car")), image],
+        [(0, [7, 8, 9])],
+        [(0, encode("the car")), image, image, (0, encode("bus"))],
+        [(0, encode("plain"))],
+        [(0, encode("caf\u00e9 \U0001f68c"))],
+    ]
+    assert sidecar["counts"]["images"] == 5 and sidecar["counts"]["tokens"]["vision"] == 20
+    assert sidecar["vocabulary"] == {
+        "text": sidecar["tokenizer"]["size"],
+        "codebook": 32,
+        "codes_per_image": 4,
+        "grid": None,
+    }
+    assert sidecar["tokenizer"]["path"] == "tokenizer"
+    (source,) = sidecar["sources"]
+    assert (source["lines"], source["documents"], source["first_document"], source["direction"]) == (8, 8, 0, "both")
+
+
+def test_special_ids_in_the_sidecar(tmp_path):
+    full = run(tmp_path, make_tokenizer(tmp_path / "t"), [{"text": "a"}])[1]["tokenizer"]
+    assert full["special"] == {"eos": 0, "pad": 1, "vision_start": 2, "vision_end": 3, "unconditional": [4]}
+    assert full["eos"] == 0 and full["sha256"] == TextTokenizer(tmp_path / "t").sha256
+    named = make_tokenizer(
+        tmp_path / "u",
+        specials=["<|endoftext|>", "<|im_end|>"],
+        config={"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}}, "config.json": {"vocab_size": 500}},
+    )
+    special = TextTokenizer(named).special
+    assert (special.eos, special.pad, special.vision_start) == (1, 1, None) and len(special.unconditional) > 3
+    assert run(tmp_path, named, [{"text": "a"}])[1]["vocabulary"]["text"] == 500
+
+
+def test_corpus_text_never_yields_a_special_id(tmp_path, tokenizer):
+    ((ids,),), _ = run(tmp_path, tokenizer, [{"text": "a <|vision_start|> b <|endoftext|><unconditional>"}])
+    assert min(ids[1]) >= len(SPECIALS)
+
+
+def test_padding_and_truncation_do_not_change_the_fingerprint(tmp_path, tokenizer):
+    before = TextTokenizer(tokenizer)
+    path = tokenizer / "tokenizer.json"
+    content = Tokenizer.from_file(str(path))
+    content.enable_truncation(2)
+    content.enable_padding(length=9)
+    content.save(str(path))
+    after = TextTokenizer(tokenizer)
+    assert after.sha256 == before.sha256
+    assert [a.tolist() for a in after.encode(["a red bus"])] == [b.tolist() for b in before.encode(["a red bus"])]
+
+
+def test_direction_follows_data_type(tmp_path, tokenizer):
+    kinds = ["t2i", "t2i", "i2t", None, "image_text"]
+    rows = [{"caption": "a", "codes": IMAGE, "data_type": kind} for kind in kinds]
+    sources = run(tmp_path, tokenizer, [*rows, {"text": "b"}])[1]["sources"]
+    assert [(s["first_document"], s["documents"], s["direction"]) for s in sources] == [
+        (0, 2, "t2i"),
+        (2, 1, "i2t"),
+        (3, 3, "both"),
+    ]
+    assert sum(source["lines"] for source in sources) == 6
+
+
+def test_many_rows_of_several_files(tmp_path, tokenizer):
+    paths = []
+    for name, count in (("a", 1500), ("b", 0), ("c", 700)):
+        paths.append(str(tmp_path / f"{name}.jsonl"))
+        lines = [json.dumps({"text": f"{name} {n}"}) + "\n" for n in range(count)]
+        Path(paths[-1]).write_text("\n".join(lines))  # with empty lines between
+    seen = []
+    job = Job(inputs=tuple(paths), output=str(tmp_path / "new" / "out"), tokenizer=str(tokenizer))
+    sidecar = preprocess(job, seen.append)
+    assert [(s["first_document"], s["documents"]) for s in sidecar["sources"]] == [(0, 1500), (1500, 0), (1500, 700)]
+    assert seen[-1].done_bytes == seen[-1].total_bytes and seen[-1].documents == 2200
+    corpus = IndexedCorpus(job.output)
+    assert corpus.sequence(1500).tolist() == TextTokenizer(tokenizer).encode(["c 0"])[0].tolist()
+
+
+BAD = {
+    "not JSON": (b"{", "not JSON"),
+    "a list": (b"[1]", "a JSON list, an object is needed"),
+    "deep": (b"[" * 100_000, "not JSON"),
+    "not UTF-8": (b'{"text": "\xff"}', r"not UTF-8 \(byte 10 of the line\)"),
+    "half a pair": (b'{"text": "\\ud800"}', "text holds half a surrogate pair at character 0"),
+    "nothing known": ({"body": "a"}, "none of the fields text, .* found: body"),
+    "empty text": ({"text": ""}, "text is empty or missing"),
+    "no caption": ({"codes": IMAGE}, "caption is empty or missing"),
+    "number for a string": ({"text": 3}, "text is a int, a string is needed"),
+    "three codes": ({"caption": "a", "vqcode_512": "[1, 2, 3]"}, "vqcode_512 has 3 codes, codes_per_image is 4"),
+    "code too large": (
+        {"caption": "a", "codes": [1, 2, 3, 32]},
+        "code 32 at position 3 is outside the codebook of 32. Wrong vision.codebook, or was",
+    ),
+    "code below 0": ({"caption": "a", "codes": [1, 2, 3, -1]}, "code -1 at position 3 is outside"),
+    "huge code": ({"caption": "a", "codes": [1, 2, 3, 2**64]}, "codes is not a flat list of integers"),
+    "uint64 code": ({"caption": "a", "codes": [1, 2, 3, 2**63 + 5]}, "codes is not a flat list|outside the codebook"),
+    "ragged": ({"caption": "a", "codes": [[1], [2, 3]]}, "codes is not a flat list of integers"),
+    "nested": ({"caption": "a", "codes": [[1, 2, 3, 4]]}, "codes is not a flat list of integers"),
+    "float codes": ({"caption": "a", "codes": [1, 2, 3, 4.5]}, "codes is not a flat list of integers"),
+    "codes of text": ({"caption": "a", "codes": "none"}, "codes is not a list of codes"),
+    "two fields": (
+        {"caption": "a", "codes": IMAGE, "vqcode_512": IMAGE},
+        "codes in more than one field: codes, vqcode_512",
+    ),
+    "ids too large": ({"input_ids": [1, 10**6]}, "id 1000000 at position 1 of input_ids is outside the vocabulary of"),
+    "no ids": ({"input_ids": []}, "input_ids is empty"),
+    "items of numbers": ({"items": [3]}, r"items\[0\] is a int"),
+    "items empty": ({"items": []}, "items is not a list"),
+    "known later": ({"conversations": [], "data_type": "i2t_multi"}, "data_type='i2t_multi' is not supported; known"),
+    "pair without codes": ({"caption": "a", "data_type": "t2i"}, "data_type='t2i', but no field codes or vqcode"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_row_ends_the_job_with_its_line(tmp_path, tokenizer, case):
+    row, line = BAD[case]
+    with pytest.raises(DataError, match=rf"rows\.jsonl:3: .*{line}") as caught:
+        run(tmp_path, tokenizer, [{"text": "good"}, b"", row, {"text": "good"}])
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "tokenizer"]
+
+
+def test_other_mistakes(tmp_path, tokenizer, monkeypatch):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: codes holds codes, but no codebook is given. Pass --codebook"):
+        run(tmp_path, tokenizer, [{"caption": "a", "codes": IMAGE}], codebook=None, codes_per_image=())
+    with pytest.raises(DataError, match=r"no rows. A corpus needs at least one document"):
+        run(tmp_path, tokenizer, [])
+    with pytest.raises(DataError, match=r"input='nowhere.jsonl' is wrong"):
+        preprocess(Job(inputs=("nowhere.jsonl",), output=str(tmp_path / "o"), tokenizer=str(tokenizer)))
+    text_only = make_tokenizer(tmp_path / "text", specials=["<eos>"])
+    with pytest.raises(DataError, match=r"has no <\|vision_start\|> or no <\|vision_end\|>, and the rows hold images"):
+        run(tmp_path, text_only, [{"caption": "a", "codes": IMAGE}])
+    with pytest.raises(DataError, match=r"no end-of-text token"):
+        TextTokenizer(make_tokenizer(tmp_path / "none", specials=["<pad>"]))
+    monkeypatch.setattr("unimega.data.preprocess._MAX_ROW_BYTES", 50)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: a row of more than 50 bytes"):
+        run(tmp_path, tokenizer, [{"text": "a"}, {"text": "b" * 60}])
+
+
+def _tool(tmp_path, *arguments):
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
+    )
+
+
+def test_the_tool(tmp_path, tokenizer):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"caption": "a red bus", "codes": IMAGE}))
+    common = ("--input", "rows.jsonl", "--output", "out", "--tokenizer", "tokenizer", "--codebook", 32)
+    good = _tool(tmp_path, *common, "--codes-per-image", 4)
+    assert good.returncode == 0 and "out: 1 documents, 1 images, " in good.stdout, good.stderr
+    again = _tool(tmp_path, *common)
+    assert again.returncode == 2 and again.stderr.startswith("unimega: out.idx: exists already.")
+    bad = _tool(tmp_path, *common, "--codes-per-image", 5, "--overwrite")
+    assert bad.returncode == 2 and bad.stderr == "unimega: rows.jsonl:1: codes has 4 codes, codes_per_image is 5.\n"
+    assert len(read(str(tmp_path / "out"))) == 1 and not list(tmp_path.glob("*.tmp"))
