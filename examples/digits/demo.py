@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 import corpus
 from matplotlib.figure import Figure
 
+from unimega.config.loader import load_run
 from unimega.errors import UnimegaError, run_cli
 
 ROOT = corpus.ROOT
@@ -116,13 +118,14 @@ def train(output: Path, *, steps: int, ranks: int, overrides: Sequence[str]) -> 
     if done.is_file() and (found := json.loads(done.read_text()))["settings"] == settings:
         print(f"train: {steps} steps, kept")
         return dict(found)
+    arguments = ["--config", str(config), "--training.steps", str(steps), *overrides]
+    _check(arguments, ranks)
     done.unlink(missing_ok=True)
     for folder in (logs, output / "checkpoints"):
         shutil.rmtree(folder, ignore_errors=True)
     logs.mkdir(parents=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [str(ROOT / "examples" / "pretrain_unix.py"), "--config", str(config)]
-    command += ["--training.steps", str(steps), *overrides]
+    command += [str(ROOT / "examples" / "pretrain_unix.py"), *arguments]
     start = time.monotonic()
     log = logs / "train.log"
     with log.open("w") as sink:
@@ -136,12 +139,31 @@ def train(output: Path, *, steps: int, ranks: int, overrides: Sequence[str]) -> 
                 process.terminate()
                 process.wait()
     if process.returncode:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-        raise UnimegaError(f"the training ended with status {process.returncode}. Its last lines ({log}):\n{tail}")
+        raise UnimegaError(f"the training ended with status {process.returncode}: {_reason(log)} The whole log: {log}")
     result = {"settings": settings, "wall_s": round(time.monotonic() - start, 1)}
     done.write_text(json.dumps(result, indent=2) + "\n")
     print(f"train: {steps} steps on {ranks} ranks in {result['wall_s']:.0f} s")
     return result
+
+
+def _check(arguments: Sequence[str], ranks: int) -> None:
+    """Refuse settings that the ranks would refuse, before the results of an earlier run are thrown away."""
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(ranks)  # a launch fact, as torchrun will give it to each rank
+    try:
+        load_run(arguments)
+    finally:
+        os.environ.pop("WORLD_SIZE")
+        if before is not None:
+            os.environ["WORLD_SIZE"] = before
+
+
+def _reason(log: Path) -> str:
+    """The engine's own line, or else what looks most like one."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    own = [line.removeprefix("unimega: ") for line in lines if line.startswith("unimega: ")]
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
+    return (own or errors or lines or ["it wrote nothing."])[0 if own or errors else -1]
 
 
 def _watch(process: "subprocess.Popen[bytes]", path: Path, steps: int) -> None:
