@@ -77,14 +77,17 @@ class _QKVPrepare(torch.autograd.Function):
                     part.mul_(rstds[-1])
                     for piece, weight in zip(_by_modality(part, own, counts), own, strict=True):
                         piece.mul_(weight)
-        rotated = _rotate(wide, cos, sin)
         ctx.shape, ctx.counts = shape, counts
         ctx.has_rows = rows is not None
         saved = (cos, sin, *((inverse,) if rows is not None else ()), *((qkv,) if weights else ()), *rstds, *weights)
         ctx.save_for_backward(*saved)
-        q = _reorder(rotated[:, :, :per_group], rows, qkv.dtype).view(total, groups * per_group, width)
-        k = _reorder(rotated[:, :, per_group], rows, qkv.dtype)
-        return q, k, _reorder(packed[:, :, per_group + 1], rows, qkv.dtype)
+        q = torch.empty(total, groups, per_group, width, dtype=wide.dtype, device=wide.device)
+        k = torch.empty(total, groups, 1, width, dtype=wide.dtype, device=wide.device)
+        _rotate(wide[:, :, :per_group], cos, sin, out=q)
+        _rotate(wide[:, :, per_group:], cos, sin, out=k)
+        q, k = (_reorder(x.view(total, -1, width), rows).to(qkv.dtype) for x in (q, k))
+        v = _reorder(packed[:, :, per_group + 1], rows)
+        return q, k, v.clone(memory_format=torch.contiguous_format) if rows is None else v
 
     @staticmethod
     @once_differentiable
@@ -95,11 +98,10 @@ class _QKVPrepare(torch.autograd.Function):
         inverse = saved.pop(0) if ctx.has_rows else None
         total = dq.shape[0]
         grad = torch.empty(total, groups, per_group + 2, width, dtype=cos.dtype, device=dq.device)
-        grad[:, :, :per_group] = _reorder(dq.reshape(total, groups, per_group, width), inverse, dq.dtype)
-        grad[:, :, per_group] = _reorder(dk, inverse, dk.dtype)
-        grad[:, :, per_group + 1] = _reorder(dv, inverse, dv.dtype)
-        both = grad[:, :, : per_group + 1]
-        both.copy_(_rotate(both, cos, -sin))
+        dq, dk, dv = (_reorder(t, inverse).reshape(total, groups, -1, width) for t in (dq, dk, dv))
+        _rotate(dq.to(grad.dtype), cos, -sin, out=grad[:, :, :per_group])
+        _rotate(dk.to(grad.dtype), cos, -sin, out=grad[:, :, per_group : per_group + 1])
+        grad[:, :, per_group + 1 :] = dv
         d_weights: list[torch.Tensor | None] = []
         if num_q or num_k:
             qkv = saved.pop(0)
@@ -142,22 +144,17 @@ def _by_modality(
     return x.split(counts) if len(weights) > 1 else (x,)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE of x [T, groups, heads, N] by angles [T, N/2]."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, out: torch.Tensor) -> None:
+    """Write RoPE of x [T, groups, heads, N] by angles [T, N/2] to ``out``."""
     half = cos.shape[-1]
     cos, sin = cos[:, None, None], sin[:, None, None]
-    x1, x2, y1, y2 = x[..., :half], x[..., half:], y[..., :half], y[..., half:]
+    x1, x2, y1, y2 = x[..., :half], x[..., half:], out[..., :half], out[..., half:]
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
-    return y
 
 
-def _reorder(x: torch.Tensor, rows: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """``x[rows]`` (x without rows), contiguous, in ``dtype``."""
-    if rows is None:
-        return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return x.index_select(0, rows).to(dtype)
+def _reorder(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return x if rows is None else x.index_select(0, rows)
 
 
 registry.declare("qkv_prepare", registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE))
