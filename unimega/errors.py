@@ -3,8 +3,12 @@
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from types import ModuleType
+
+
+OTHER_RANKS_WAIT_SECONDS = 10
 
 
 class UnimegaError(Exception):
@@ -47,10 +51,15 @@ def optional(module: str, *, extra: str) -> ModuleType:
 
 
 def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
-    """Run a command; a user error becomes one line on stderr (from local rank 0 only) and exit status 2."""
+    """Run a command; a user error becomes one line on stderr and exit status 2.
+
+    Under torchrun local rank 0 prints it. The others wait: torchrun ends all ranks when the first one exits, and would cut
+    off rank 0 before its line. One that is still there afterwards is alone with its error and prints it itself.
+    """
     try:
         main(argv)
     except UnimegaError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"unimega: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        print(f"unimega: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
