@@ -8,4 +8,6 @@ import torch
 
 torch.set_num_threads(1)
 
+import torch._dynamo  # noqa: E402  (2 s, and every optimizer imports it)
+
 import unimega.training.engine  # noqa: E402, F401
