@@ -1,4 +1,4 @@
-"""Turn jsonl files into a corpus: PREFIX.bin, PREFIX.idx, PREFIX.json.
+r"""Turn jsonl files into a corpus: PREFIX.bin, PREFIX.idx, PREFIX.json.
 
     python tools/preprocess_data.py --input rows.jsonl --output corpus/rows --tokenizer qwen \
         --codebook 8192 --codes-per-image 1024
