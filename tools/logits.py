@@ -53,6 +53,8 @@ def main(argv: Sequence[str]) -> None:
     _, options = loader.split_arguments(rest)
     where = loader.COMMAND_LINE
     sections = strict.construct(Sections, loader.override(Sections, options), where=where)
+    if arguments.output.is_dir() or not arguments.output.parent.is_dir():
+        raise UnimegaError(f"--output {arguments.output}: not a file in a folder that exists. Name one.")
     read_inputs(arguments.inputs)  # before torch is imported: a bad file is answered at once
 
     from unimega.hf.evaluate import Request, evaluate

@@ -30,6 +30,8 @@ LAYOUTS = {
     "tp 2 + sp": ParallelConfig(tp=2, sequence_parallel=True),
     "pp 2": ParallelConfig(pp=2),
 }
+MORE_LAYOUTS = {"dp 2": ParallelConfig(), "pp 2 interleaved": ParallelConfig(pp=2, vpp=2)}
+"""Dense cases alone: with one and two rows they need rows of pads here."""
 CASES = (*oracle.UNIX, *oracle.DENSE)
 STEPS = OptimizerConfig(
     lr=2e-3, min_lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip=0.0, schedule="constant"
@@ -80,8 +82,8 @@ def run_cases(folder: str, layout: str) -> dict[str, Outputs] | None:
     from unimega.hf.evaluate import outputs
 
     results: dict[str, Outputs] = {}
-    for case in CASES:
-        engine, names = engine_of(Path(folder) / case, LAYOUTS[layout], STEPS)
+    for case in CASES if layout in LAYOUTS else oracle.DENSE:
+        engine, names = engine_of(Path(folder) / case, (LAYOUTS | MORE_LAYOUTS)[layout], STEPS)
         asked = inputs_of(case)
         out = {
             name: outputs(engine, inputs, names=names, gradients=name == "intended") for name, inputs in asked.items()
@@ -127,7 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(folder: Path) -> dict[str, dict[str, Outputs]]:
     """[layout][case][question] -> arrays. Two worlds in all; the first also imports the folders."""
     alone = run_dist(run_layouts, world=1, args=(str(folder), ("one rank",)))[0]
-    pair = run_dist(run_layouts, world=2, args=(str(folder), ("tp 2 + sp", "pp 2")), timeout=250)[0]
+    pair = run_dist(run_layouts, world=2, args=(str(folder), ("tp 2 + sp", "pp 2", *MORE_LAYOUTS)), timeout=250)[0]
     return alone | pair
 
 
@@ -152,7 +154,7 @@ def test_original_unix(answers: Any, case: str, layout: str) -> None:
         compare_gradients(out["intended"], np.load(data / "grads_intended.npz"), GRADIENTS)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS | MORE_LAYOUTS)
 @pytest.mark.parametrize("case", oracle.DENSE)
 def test_stock_qwen(answers: Any, case: str, layout: str) -> None:
     out, data = answers[layout][case], oracle.DATA / case
@@ -196,6 +198,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "moe, no layer": (variant("HardMoeQwen3CausalLM", decoder_sparse_step=9), ()),
     "mot, biases, tied": (variant("MoTQwen3ForCausalLM", attention_bias=True, tie_word_embeddings=True), (89,)),
 }
+ROUND_TRIPS = ("skip and shared FFN", "no encode layers, biases", "mot, biases, tied")
+"""Variants whose weights are read back from the engine: imported, loaded, gathered, renamed, bit for bit."""
 
 
 def folder_of(config: dict[str, Any], separators: tuple[int, ...], *, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -238,12 +242,49 @@ def run_variants(folder: str) -> dict[str, Any]:
         checkpoint = imported(place, Path(folder) / name, separator_ids=separators)
         engine, names = engine_of(checkpoint, ParallelConfig(), STEPS)
         results[name] = outputs(engine, packed_ids(), names=names, gradients=True)
-        back = names.to_hf(engine.gather_parameters())
-        assert set(back) == set(tensors), name
-        assert all(torch.equal(back[tensor], tensors[tensor]) for tensor in tensors), name
+        if name in ROUND_TRIPS:
+            back = names.to_hf(engine.gather_parameters())
+            assert set(back) == set(tensors), name
+            assert all(torch.equal(back[tensor], tensors[tensor]) for tensor in tensors), name
         engine.close()
-    results |= run_metamorphic(Path(folder))
-    return results
+    return results | run_metamorphic(Path(folder)) | {"failures": run_failures(Path(folder))}
+
+
+def run_failures(folder: Path) -> dict[str, Any]:
+    """What a failed or repeated import says and leaves."""
+    from unimega.errors import CheckpointError
+    from unimega.hf import convert
+
+    place = oracle.whole_folder("hf_qwen3", folder / "failures" / "hf")
+    target = folder / "failures" / "checkpoint"
+    said = {}
+
+    def attempt(name: str, target: Path, **options: Any) -> None:
+        try:
+            imported(place, target, **options)
+        except CheckpointError as error:
+            said[name] = str(error)
+
+    save, convert.checkpoint.save_tensors = convert.checkpoint.save_tensors, _write_half
+    attempt("disk full", target)
+    said["left by a failure"] = sorted(path.name for path in target.parent.iterdir())
+    convert.checkpoint.save_tensors = save
+    target.mkdir()
+    attempt("empty folder is fine", target)
+    attempt("repeated", target)
+    marker = target / "marker"
+    marker.touch()
+    attempt("overwritten", target, overwrite=True)
+    said["is new"] = not marker.exists() and (target / "latest").exists()
+    attempt("not a checkpoint", place, overwrite=True)
+    said["left"] = sorted(path.name for path in target.parent.iterdir())
+    return said
+
+
+def _write_half(directory: Path, *_: Any, **__: Any) -> None:
+    directory.mkdir()
+    (directory / "half").touch()
+    raise OSError(28, "No space left on device")
 
 
 def run_metamorphic(folder: Path) -> dict[str, Any]:
@@ -336,6 +377,15 @@ def test_equal_models_are_equal(variants: Any) -> None:
     assert np.abs(variants["twins"][0] - mixed).max() > 0.1
     assert_close(*variants["packed"], LOGITS, "packed against alone")
     np.testing.assert_array_equal(*variants["mot"])
+
+
+def test_import_leaves_all_or_nothing(variants: Any) -> None:
+    said = variants["failures"]
+    assert "checkpoint' cannot be written: [Errno 28] No space left on device" in said["disk full"]
+    assert said["left by a failure"] == ["hf"] and said["left"] == ["checkpoint", "hf"]
+    assert "empty folder is fine" not in said and "overwritten" not in said and said["is new"]
+    assert "holds a checkpoint already" in said["repeated"] and "--overwrite" in said["repeated"]
+    assert "exists and is not a checkpoint" in said["not a checkpoint"]
 
 
 # --- the commands --------------------------------------------------------------------------------------------------
