@@ -1,4 +1,4 @@
-"""Tiny models and micro-batches that tests share: every preset, one to three modalities, every make-up of a micro-batch."""
+"""Tiny models and micro-batches that tests share: all presets, one to three modalities, every make-up of a batch."""
 
 import hashlib
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """Token order, worked out once on the host: the only thing that data, layers and training share.
 
-A micro-batch is one flat run of T tokens: packs of whole documents, pads at their ends. Three orders of these rows occur:
+A micro-batch is one flat run of T tokens: packs of whole documents, pads at their ends. Its rows occur in three orders:
 
 - input order: as the collator laid the tokens down, pack after pack;
 - modality order: text (its last rows are the pads), then vision, then the next; stable inside each. Tokens live in
@@ -39,8 +39,8 @@ class Intervals:
     """True: ``lo`` is the start of the run and ``hi`` is ``i + 1`` everywhere, the case that varlen kernels know."""
 
     @staticmethod
-    def of_runs(lengths: Sequence[int], *, both_ways: Sequence[tuple[int, int]] = ()) -> "Intervals":
-        """Causal runs of the given lengths; rows [start, stop) of each ``both_ways`` block see the whole block as well."""
+    def of_runs(lengths: Sequence[int] | np.ndarray, *, both_ways: Sequence[tuple[int, int]] = ()) -> "Intervals":
+        """Causal runs of these lengths; rows [start, stop) of each ``both_ways`` block see the whole block as well."""
         sizes = np.asarray(lengths, dtype=np.int64)
         cu = np.zeros(len(sizes) + 1, dtype=np.int32)
         np.cumsum(sizes, out=cu[1:])
@@ -123,7 +123,7 @@ def make_microbatch(
     Args:
         tokens, labels: ids, [T] in input order.
         modality: [T], 0 is text. Pads must be 0.
-        document: [T] number of each token's document, 0 for pads; equal numbers in different packs are different documents.
+        document: [T] number of each token's document, 0 for pads; a number in another pack is another document.
         loss_weights: [T] float.
         modalities: M.
         pack_length: T is that many packs of this length; absent: one pack.
@@ -189,7 +189,7 @@ def make_microbatch(
 
 
 def _groups(document: np.ndarray, pack: np.ndarray) -> np.ndarray:
-    """Number the (pack, document) pairs 0, 1, ... in the order of packs, the pads of every pack behind all documents."""
+    """Number the (pack, document) pairs 0, 1, ... in the order of packs, every pack's pads behind all documents."""
     wide = int(document.max(initial=0)) + 1
     key = np.where(document == 0, (int(pack[-1]) + 1) * wide + pack, pack * wide + document)
     return np.unique(key, return_inverse=True)[1]

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-
 OTHER_RANKS_WAIT_SECONDS = 10
 
 
 class UnimegaError(Exception):
-    """A mistake of the user's: one line that says where, what is wrong and what to do. Never carries a traceback to a terminal."""
+    """A mistake of the user's: one line that says where, what is wrong and what to do. A terminal sees no traceback."""
 
 
 class ConfigError(UnimegaError):
@@ -53,8 +52,8 @@ def optional(module: str, *, extra: str) -> ModuleType:
 def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     """Run a command; a user error becomes one line on stderr and exit status 2.
 
-    Under torchrun local rank 0 prints it. The others wait: torchrun ends all ranks when the first one exits, and would cut
-    off rank 0 before its line. One that is still there afterwards is alone with its error and prints it itself.
+    Under torchrun local rank 0 prints it. The others wait: torchrun ends all ranks when the first one exits, and would
+    cut off rank 0 before its line. One that is still there afterwards is alone with its error and prints it itself.
     """
     try:
         main(argv)

@@ -1,4 +1,4 @@
-"""Weights on disk: saved under one layout, loaded under another, equal to the last bit; rows added for tp are not stored."""
+"""Weights on disk: saved under one layout, loaded under another, equal bit for bit; rows added for tp stay out."""
 
 import json
 from pathlib import Path

@@ -22,10 +22,7 @@ def document(model: ModelSpec, length: int, seed: int, like: np.ndarray | None =
     """Random ids; with ``like`` every place keeps that document's modality."""
     rng = np.random.default_rng(seed)
     vocabulary = model.vocabulary
-    if like is None:
-        modality = rng.integers(0, len(vocabulary.names), length)
-    else:
-        modality = vocabulary.modality_of(like)
+    modality = rng.integers(0, len(vocabulary.names), length) if like is None else vocabulary.modality_of(like)
     sizes = np.asarray(vocabulary.codes)[modality]
     return np.asarray(vocabulary.starts)[modality] + rng.integers(0, np.where(modality == 0, 5, sizes))
 

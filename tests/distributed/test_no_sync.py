@@ -1,4 +1,4 @@
-"""Nothing in forward or backward makes the host wait for the device, in any preset, layout or make-up of a micro-batch."""
+"""Nothing in forward or backward makes the host wait for the device: every preset, layout, make-up of a micro-batch."""
 
 import pytest
 

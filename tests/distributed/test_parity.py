@@ -75,19 +75,19 @@ def model_of(case: Case):
 
 def fill(stages, spec, groups, *, seed):
     """Stands in for the engine's initial weights: norms and biases are random too."""
-    from unimega.parallel.parameter import checkpoint_parts
+    from unimega.parallel.parameter import checkpoint_parts, sharded_dim, vocabulary_rows
 
     tp = groups.tp
     with torch.no_grad():
         for stage in stages:
             for name, values in stage.named_parameters():
                 key = "embedding.weight" if name == "head.weight" and spec.tied else name
-                dim = values.partition_dim if values.tensor_model_parallel else None
+                dim = sharded_dim(values)
                 for part_key, part in checkpoint_parts(key, values).items():
                     shape = list(part.shape)
                     if dim is not None:
                         shape[dim] *= tp.size()
-                    if rows := getattr(values, "vocabulary_rows", 0):
+                    if rows := vocabulary_rows(values):
                         whole = torch.zeros(shape)
                         whole[:rows] = random_tensor(part_key, [rows, shape[1]])
                     else:

@@ -60,7 +60,7 @@ def assert_in_range(logs: Path, last: int) -> None:
 
 
 def test_the_first_100_steps_follow_the_measured_curve(corpus: Path, tmp_path: Path) -> None:
-    """The rate of the 1500-step schedule has barely fallen by step 100: a constant one stands for it (0.2 % at most)."""
+    """The rate of the 1500-step schedule has barely fallen by step 100: a constant one stands for it."""
     run(corpus, tmp_path, "--training.steps", "100", "--optimizer.schedule", "constant")
     assert_in_range(tmp_path, 100)
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000100"
@@ -69,7 +69,7 @@ def test_the_first_100_steps_follow_the_measured_curve(corpus: Path, tmp_path: P
 
 
 def test_two_ranks_overfit_64_documents(corpus: Path, tmp_path: Path) -> None:
-    """64 held pairs, read from .bin/.idx by two data-parallel ranks with the distributed optimizer, are learnt by heart."""
+    """64 held pairs from .bin/.idx, two data-parallel ranks, the distributed optimizer: learnt by heart."""
     rows = (corpus / "digits.jsonl").read_text().splitlines()[:64]
     (tmp_path / "few.jsonl").write_text("\n".join(rows) + "\n")
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(tmp_path / "few.jsonl")]

@@ -207,6 +207,17 @@ RULES = [
         'training.trainable=[] trains nothing. Give patterns of parameter names; ["*"] is all of them.',
     ),
     ({}, {"checkpoint": {"every_minutes": -1}}, "checkpoint.every_minutes=-1.0 is too small. It is at least 0."),
+    ({}, {"logging": {"wandb": True}}, "logging.wandb=true is not built yet. Set logging.wandb = false."),
+    (
+        {},
+        {"checkpoint": {"optimizer": "fast"}},
+        'checkpoint.optimizer="fast" is not built yet. Set checkpoint.optimizer = "reshardable".',
+    ),
+    (
+        {},
+        {"checkpoint": {"every_minutes": 5}},
+        "checkpoint.every_minutes=5.0 is not built yet. Set checkpoint.every_minutes = 0.",
+    ),
     ({}, {"optimizer": {"lr": 0}}, "optimizer.lr=0.0 is too small. It is above 0."),
     ({}, {"optimizer": {"betas": [0.9, 1]}}, "optimizer.betas[1]=1.0 is out of range. It is at least 0 and below 1."),
     (

@@ -1,5 +1,6 @@
 """What must hold between the keys of a run: one function per rule, and the values that follow from several keys."""
 
+import json
 from collections.abc import Callable, Iterator
 
 from unimega.config import model_rules, presets
@@ -195,6 +196,18 @@ AT_LEAST = (
 )
 
 
+def _not_built_yet(config: RunConfig) -> None:
+    """Keys that exist for the runs to come; a value that would be ignored is refused."""
+    for key, default in (
+        ("logging.wandb", False),
+        ("checkpoint.every_minutes", 0),
+        ("checkpoint.optimizer", "reshardable"),
+    ):
+        section, name = key.split(".")
+        if (value := getattr(getattr(config, section), name)) != default:
+            raise ConfigError(f"{key}={json.dumps(value)} is not built yet. Set {key} = {json.dumps(default)}.")
+
+
 def _at_least(config: RunConfig) -> None:
     for key, least in AT_LEAST:
         section, name = key.split(".")
@@ -278,6 +291,7 @@ def _loss_weights(config: RunConfig) -> None:
 
 RULES: tuple[Callable[[RunConfig], None], ...] = (
     _at_least,
+    _not_built_yet,
     _positive,
     _betas,
     _rates,

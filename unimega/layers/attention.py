@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from unimega.batch import Intervals
 from unimega.config.layer import LayerSpec
 from unimega.kernels.registry import resolve
 from unimega.layers.context import Build, Call
@@ -79,7 +80,7 @@ class Attention(nn.Module):
         y = row_linear((o,), self.output(order.counts), total, self.layout, self.gemms)
         return self.output.add_bias(y, order.local_counts)
 
-    def _view(self, call: Call):
+    def _view(self, call: Call) -> tuple[torch.Tensor | None, torch.Tensor | None, Intervals]:
         """(gather, its inverse, intervals) of the order in which this layer attends."""
         order = call.order
         if self.scope == "own":

@@ -37,7 +37,7 @@ def build_stages(
 
     Args:
         config: megatron-core's.
-        layers_per_stage: layers of every virtual stage of the pipeline, bottom up; virtual stage k is on pp rank k % pp.
+        layers_per_stage: layers of every virtual stage of the pipeline, bottom up; stage k is on pp rank k % pp.
         dtype: of the parameters.
     """
     pp, rank = groups.pp.size(), groups.pp.rank()

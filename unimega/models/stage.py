@@ -1,5 +1,6 @@
 """A contiguous part of the stack, with the embedding if it is the first and the loss if it is the last."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from unimega.batch import Microbatch
 from unimega.layers.block import Block
 from unimega.layers.context import Build, Call
 from unimega.layers.norm import Norm
+from unimega.parallel.parameter import mark_tied
 from unimega.parallel.pipeline import PipelineStage
 from unimega.parallel.recompute import recompute
 from unimega.parallel.vocabulary import Embedding, Head, Table
@@ -51,15 +53,14 @@ class Stage(PipelineStage):
         self.inverse_frequency = (1.0 / spec.rope_theta**half).to(build.device)
 
     def _mark_tied(self, is_first: bool, is_last: bool) -> None:
-        """Without these marks first and last stage drift apart in silence (specs/mcore.md 2.6)."""
+        """On the first stage and on the last: unmarked, the two copies of the table drift apart in silence."""
         if is_first:
-            self.embedding.weight.shared_embedding = True
+            mark_tied(self.embedding.weight, duplicate=False)
         elif is_last:
-            self.head.weight.shared_embedding = True
-            self.head.weight.shared = True
+            mark_tied(self.head.weight, duplicate=True)
 
-    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
-        """megatron-core sums the gradients of the tied table of the first and the last stage through this."""
+    def shared_embedding_or_output_weight(self) -> nn.Parameter | None:
+        """The tied table: the embedding's on the first stage, the head's copy on the last."""
         if self.pre_process:
             return self.embedding.weight
         return self.head.weight if self.post_process else None
@@ -76,7 +77,7 @@ class Stage(PipelineStage):
                 first = batch.order.local_counts[0]
                 x_tD = torch.cat([x_tD[:first], x_tD[first:] + saved[first:]])
             if self.recompute_blocks and torch.is_grad_enabled():
-                x_tD = recompute(lambda x, block=block: block(x, call), x_tD)
+                x_tD = recompute(partial(block, call=call), x_tD)
             else:
                 x_tD = block(x_tD, call)
             if self.spec.skip and block.index == self.spec.skip[0]:

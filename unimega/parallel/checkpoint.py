@@ -1,8 +1,9 @@
 """Weights on disk: megatron-core's ``torch_dist`` with one key per tensor, free of any layout.
 
-A CHECKPOINT is a folder of steps (``step-00000000``) with the name of the newest in ``latest``; wherever one is read, a step's
-folder is accepted too. Beside megatron-core's files a step holds ``model.json``, the description the weights belong to.
-Keys are parameter names; ``gate_up`` is stored as ``gate`` and ``up``; rows that were added to divide by tp are not stored.
+A CHECKPOINT is a folder of steps (``step-00000000``) with the name of the newest in ``latest``; wherever one is read, a
+step's folder is accepted too. Beside megatron-core's files a step holds ``model.json``, the description the weights
+belong to. Keys are parameter names; ``gate_up`` is stored as ``gate`` and ``up``; rows that were added to divide by tp
+are not stored.
 """
 
 import json
@@ -17,11 +18,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from torch import nn
 
 from unimega.errors import CheckpointError
 from unimega.parallel.groups import Groups
-from unimega.parallel.parameter import checkpoint_parts
+from unimega.parallel.parameter import checkpoint_parts, sharded_dim, vocabulary_rows
+from unimega.parallel.pipeline import PipelineStage
 
 MODEL_FILE = "model.json"
 LATEST_FILE = "latest"
@@ -65,8 +66,8 @@ def read_model(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{file}: damaged at line {error.lineno} ({error.msg}).") from None
 
 
-def sharded_weights(stages: Sequence[nn.Module], groups: Groups) -> dict[str, Any]:
-    """Every parameter of this rank as megatron-core's description of its place in the global tensor, by parameter name."""
+def sharded_weights(stages: Sequence[PipelineStage], groups: Groups) -> dict[str, Any]:
+    """By parameter name, megatron-core's description of where each tensor of this rank lies in the global one."""
     made: dict[str, Any] = {}
     for stage in stages:
         for name, values in stage.named_parameters():
@@ -78,7 +79,7 @@ def sharded_weights(stages: Sequence[nn.Module], groups: Groups) -> dict[str, An
 
 
 def save_weights(
-    directory: str | os.PathLike[str], step: int, stages: Sequence[nn.Module], groups: Groups, model: dict[str, Any]
+    directory: str | os.PathLike[str], step: int, stages: Sequence[PipelineStage], groups: Groups, model: dict[str, Any]
 ) -> Path:
     """Write the weights of all ranks as one step. Collective over the world.
 
@@ -100,7 +101,7 @@ def save_tensors(
     return _save(Path(directory), 0, whole, metadata)
 
 
-def load_weights(path: str | os.PathLike[str], stages: Sequence[nn.Module], groups: Groups) -> None:
+def load_weights(path: str | os.PathLike[str], stages: Sequence[PipelineStage], groups: Groups) -> None:
     """Fill the parameters from a checkpoint of any layout. Collective over the world.
 
     Raises:
@@ -137,9 +138,9 @@ def _save(directory: Path, step: int, state: dict[str, Any], model: dict[str, An
 
 
 def _sharded(key: str, values: torch.Tensor, groups: Groups, duplicate: int) -> Any:
-    tp, dim = groups.tp, values.partition_dim if values.tensor_model_parallel else None
+    tp, dim = groups.tp, sharded_dim(values)
     replica = (duplicate, 0 if dim is not None else tp.rank(), groups.dp.rank())
-    rows = getattr(values, "vocabulary_rows", None)
+    rows = vocabulary_rows(values)
     if rows is not None:
         return _vocabulary_factory(key, values, rows, replica, groups)
     if ".gate_up." in key:
@@ -163,7 +164,7 @@ def _halves_factory(key: str, values: torch.Tensor, replica: tuple[int, int, int
 def _vocabulary_factory(
     key: str, values: torch.Tensor, rows: int, replica: tuple[int, int, int], groups: Groups
 ) -> Any:
-    """Rows of the file only. If tp does not divide them, each tp rank describes the whole table (``torch_dist`` wants equal cuts)."""
+    """Rows of the file only. ``torch_dist`` wants equal cuts: if tp does not divide them, each rank describes all."""
     tp = groups.tp
     local = values.shape[0]
     start = tp.rank() * local
@@ -187,7 +188,7 @@ def _vocabulary_factory(
     return ShardedTensorFactory(key, values.detach(), build, merge, replica)
 
 
-def _compare_keys(step: Path, stages: Sequence[nn.Module], groups: Groups) -> None:
+def _compare_keys(step: Path, stages: Sequence[PipelineStage], groups: Groups) -> None:
     mine = set()
     for stage in stages:
         tied_head = stage.share_embeddings_and_output_weights

@@ -31,7 +31,7 @@ class Groups:
 def initialize(parallel: ParallelConfig, *, seed: int = 1) -> Groups:
     """Cut the world into groups. Collective over the world; needs an initialised default process group.
 
-    megatron-core's own globals are set as well: some of its functions have no group argument (specs/mcore.md 2.1).
+    megatron-core's own globals are set as well: some of its functions take no group as an argument.
     """
     parallel_state.initialize_model_parallel(
         parallel.tp,

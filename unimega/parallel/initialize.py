@@ -9,7 +9,7 @@ from torch import nn
 
 from unimega.config.model import ModelSpec
 from unimega.parallel.groups import Groups
-from unimega.parallel.parameter import checkpoint_parts
+from unimega.parallel.parameter import checkpoint_parts, sharded_dim, vocabulary_rows
 
 
 def initialize_weights(stages: Sequence[nn.Module], spec: ModelSpec, groups: Groups, *, seed: int) -> None:
@@ -34,11 +34,11 @@ def _fill(key: str, part: torch.Tensor, parameter: torch.Tensor, spec: ModelSpec
     if ".bias" in key:
         part.zero_()
         return
-    tp, dim = groups.tp, parameter.partition_dim if parameter.tensor_model_parallel else None
+    tp, dim = groups.tp, sharded_dim(parameter)
     shape = list(part.shape)
     if dim is not None:
         shape[dim] *= tp.size()
-    rows = getattr(parameter, "vocabulary_rows", None)
+    rows = vocabulary_rows(parameter)
     if rows is not None:
         shape[0] = rows
     if spec.init_vision == "text":

@@ -1,11 +1,13 @@
-"""Linears with one weight for all tokens or one per modality, cut over tp: one collective, whatever the number of weights.
+"""Linears with one weight for all tokens or one per modality, cut over tp: one collective for any number of weights.
 
-Letters as in docs/architecture.md: T tokens, t tokens here, D width in, O width out (o here). Tokens are in modality order, so
-the rows of a modality are one slice and a split linear is M plain GEMMs. Sequence parallelism shards that same order.
+Letters as in docs/parallelism.md: T tokens, t tokens here, D width in, O width out (o here). Tokens are in modality
+order, so the rows of a modality are one slice and a split linear is M plain GEMMs. Sequence parallelism shards that
+same order.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,12 +17,15 @@ from torch import nn
 from unimega.kernels.registry import resolve
 from unimega.parallel.parameter import parameter
 
+Spans = tuple[tuple[int, int], ...]
+"""Ranges of rows, host ints."""
+
 
 @dataclass(frozen=True)
 class Product:
     """GEMMs of equal width on neighbouring spans of rows: they fill one buffer."""
 
-    spans: tuple[tuple[int, int], ...]
+    spans: Spans
     """Rows of each GEMM, host ints; each starts where the one before stops."""
     weights: tuple[torch.Tensor, ...]
     biases: tuple[torch.Tensor | None, ...]
@@ -47,8 +52,9 @@ class Layout:
 class Weights(nn.Module):
     """The weights of one linear, as direct attributes of a module that is called.
 
-    megatron-core waits for overlapped parameter gathers in a hook before ``forward`` and looks at direct parameters only
-    (specs/mcore.md 2.4), so ``forward`` hands the weights out and the functions below do the arithmetic.
+    megatron-core waits for overlapped parameter gathers in a hook before ``forward`` and looks at direct parameters
+    only: a module that is never called is never waited for. So ``forward`` hands the weights out, and the functions
+    below do the arithmetic.
 
     Args:
         d_in, d_out: widths of the whole linear, one per modality for a split one (0: that modality has none).
@@ -83,15 +89,16 @@ class Weights(nn.Module):
             self._register(f"_{name}", widths_out[0], widths_in[0], trained=False)
 
     def _register(self, suffix: str, d_out: int, d_in: int, *, trained: bool = True) -> None:
-        made = {"weight": parameter(d_out, d_in, dim=self.dim, tp=self.layout.size)}
+        made: dict[str, nn.Parameter] = {"weight": parameter(d_out, d_in, dim=self.dim, tp=self.layout.size)}
         if self.has_bias:
             sharded = 0 if self.dim == 0 else None
             made["bias"] = parameter(d_out, dim=sharded, tp=self.layout.size, on_local_rows=self.dim == 1)
         for what, values in made.items():
-            self.register_parameter(f"{what}{suffix}", values.requires_grad_(trained))
+            values.requires_grad_(trained)
+            self.register_parameter(f"{what}{suffix}", values)
 
     def forward(self, counts: tuple[int, ...]) -> tuple[Product, ...]:
-        """The GEMMs for T = sum(counts) rows: one product if all widths are equal, else one per modality that has a width."""
+        """The GEMMs for T = sum(counts) rows: one product if widths are equal, else one per modality with a width."""
         spans = _spans(counts if len(self.suffixes) > 1 else (sum(counts),))
         parts = [
             (span, getattr(self, f"weight{suffix}"), getattr(self, f"bias{suffix}") if self._column_bias else None)
@@ -124,9 +131,9 @@ def column_linear(x_tD: torch.Tensor, products: tuple[Product, ...], layout: Lay
         gemms: the chosen implementation of the op ``split_linear``.
 
     Returns:
-        One [rows of the product, o] per product. Forward: one all-gather of T*D*itemsize bytes under sequence parallelism.
-        Backward: that all-gather again (only the local shard is kept), and one reduce-scatter (sp) or all-reduce of as
-        many bytes, behind the weight gradients. A modality without tokens gets zeros, never None.
+        One [rows of the product, o] per product. Forward: one all-gather of T*D*itemsize bytes under sequence
+        parallelism. Backward: that all-gather again (only the local shard is kept), and one reduce-scatter (sp) or
+        all-reduce of as many bytes, behind the weight gradients. A modality without tokens gets zeros, never None.
     """
     weights = [w for p in products for w in p.weights]
     biases = [b for p in products for b in p.biases]
@@ -156,7 +163,9 @@ def split_linear_op(device: torch.device, kernels: dict[str, str]) -> Any:
 
 class _Column(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, products, layout, gemms, *tensors):
+    def forward(
+        ctx: Any, x: torch.Tensor, products: tuple[Product, ...], layout: Layout, gemms: Any, *tensors: Any
+    ) -> tuple[torch.Tensor, ...]:
         number = len(tensors) // 2
         ctx.save_for_backward(x, *tensors[:number])
         ctx.spans = tuple(p.spans for p in products)
@@ -171,11 +180,11 @@ class _Column(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx, *douts):
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         layout, gemms, number = ctx.layout, ctx.gemms, len(weights)
         needs = ctx.needs_input_grad
-        douts = [dy.contiguous() for dy in douts]
+        douts = [dy.contiguous() for dy in grads]
         needs_weights = any(needs[4 : 4 + number])
         pending, x_full = None, x
         if layout.sequence_parallel and needs_weights:
@@ -203,7 +212,15 @@ class _Column(torch.autograd.Function):
 
 class _Row(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, products, total, layout, gemms, number, *tensors):
+    def forward(
+        ctx: Any,
+        products: tuple[Product, ...],
+        total: int,
+        layout: Layout,
+        gemms: Any,
+        number: int,
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
         inputs, weights = tensors[:number], tensors[number:]
         ctx.save_for_backward(*tensors)
         ctx.spans = tuple(p.spans for p in products)
@@ -216,12 +233,14 @@ class _Row(torch.autograd.Function):
         return y_local
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, weights = ctx.saved_tensors[: ctx.number], ctx.saved_tensors[ctx.number :]
         layout, gemms, needs = ctx.layout, ctx.gemms, ctx.needs_input_grad[5:]
         dy = dy.contiguous()
         dy_full = _gather_rows(dy, layout) if layout.sequence_parallel else dy
-        dinputs, dweights, at = [], [], 0
+        dinputs: list[torch.Tensor | None] = []
+        dweights: list[torch.Tensor | None] = []
+        at = 0
         for place, (h, spans) in enumerate(zip(inputs, ctx.spans, strict=True)):
             rows, local = dy_full[spans[0][0] : spans[-1][1]], _shifted(spans)
             mine = weights[at : at + len(spans)]
@@ -232,10 +251,18 @@ class _Row(torch.autograd.Function):
         return None, None, None, None, None, *dinputs, *dweights
 
 
-def _accumulate(gemms, ys, all_spans, weights, total, like):
+def _accumulate(
+    gemms: Any,
+    ys: Sequence[torch.Tensor],
+    all_spans: Sequence[Spans],
+    weights: Sequence[torch.Tensor],
+    total: int,
+    like: torch.Tensor,
+) -> torch.Tensor:
     """``sum of y @ W`` over products into one [total, D] buffer; the first product that covers all rows starts it."""
     out = like.new_empty(total, weights[0].shape[1])
-    at, jobs = 0, []
+    at = 0
+    jobs: list[tuple[torch.Tensor, Spans, Sequence[torch.Tensor]]] = []
     for y, spans in zip(ys, all_spans, strict=True):
         jobs.append((y, spans, weights[at : at + len(spans)]))
         at += len(spans)
@@ -252,7 +279,7 @@ def _accumulate(gemms, ys, all_spans, weights, total, like):
     return out
 
 
-def _start_reduction(full, layout):
+def _start_reduction(full: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dist.Work | None]:
     """Start the sum over tp of [T, D]: returns this rank's rows (sp) or all, and the work to wait for."""
     if layout.size == 1:
         return full, None
@@ -262,19 +289,19 @@ def _start_reduction(full, layout):
     return full, dist.all_reduce(full, group=layout.tp, async_op=True)
 
 
-def _gather_rows(x, layout):
+def _gather_rows(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     full = x.new_empty(x.shape[0] * layout.size, x.shape[1])
     dist.all_gather_into_tensor(full, x.contiguous(), group=layout.tp)
     return full
 
 
-def _spans(counts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _spans(counts: tuple[int, ...]) -> Spans:
     edges = [0]
     for count in counts:
         edges.append(edges[-1] + count)
-    return tuple(zip(edges[:-1], edges[1:], strict=True))
+    return tuple(pairwise(edges))
 
 
-def _shifted(spans: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+def _shifted(spans: Spans) -> Spans:
     first = spans[0][0]
     return tuple((start - first, stop - first) for start, stop in spans)

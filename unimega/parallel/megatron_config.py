@@ -12,8 +12,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """What megatron-core's schedules, DDP and gradient finalisation read; none of its layers is used.
 
-    The settings that are silently wrong when chosen otherwise (specs/mcore.md 2.5, 2.7) are constants here:
-    ``qk_layernorm`` (it only makes q/k norm gradients be summed over tp), overlapped P2P exactly when interleaved.
+    The settings that are silently wrong when chosen otherwise are constants here (docs/parallelism.md has the list):
+    ``qk_layernorm`` (all it does is have q/k norm gradients summed over tp); P2P overlapped exactly when interleaved,
+    because batched sends and receives of the interleaved schedule pair up crosswise between two ranks.
 
     Args:
         dtype: of activations and parameters.

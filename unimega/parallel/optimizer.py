@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -65,7 +65,9 @@ def wrap(
     if overlap:
         config.no_sync_func = [stage.no_sync for stage in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
 
-    def finalize(model, num_tokens=None, pg_collection=None, force_all_reduce=False):
+    def finalize(
+        model: list[nn.Module], num_tokens: Any = None, pg_collection: Any = None, force_all_reduce: bool = False
+    ) -> None:
         finalize_model_grads(model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
 
     config.finalize_model_grads_func = finalize
@@ -129,8 +131,3 @@ def settle_parameters(wrapped: Sequence[DistributedDataParallel], *, overlap: bo
         for stage in wrapped:
             stage.disable_forward_pre_hook()
             stage.enable_forward_pre_hook()
-
-
-def main_grad(parameter: nn.Parameter) -> torch.Tensor | None:
-    """The accumulated fp32 gradient; None for a frozen parameter."""
-    return parameter.main_grad if parameter.requires_grad else None

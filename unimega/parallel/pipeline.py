@@ -35,13 +35,17 @@ class PipelineStage(nn.Module):
         """Called by the schedule: [rows, 1, D] from the stage before, None on the first."""
         self._received = received[0]
 
+    def shared_embedding_or_output_weight(self) -> nn.Parameter | None:
+        """The tied table on the first and the last stage, None between; megatron-core sums its gradients over both."""
+        raise NotImplementedError
+
     def received(self) -> torch.Tensor:
         """The state from the stage before, [rows, D]."""
         assert self._received is not None
         return self._received.squeeze(1)
 
     def to_send(self, x_tD: torch.Tensor) -> torch.Tensor:
-        """The state as the schedule sends it: [rows, 1, D], no view (it may be freed), with a gradient even if all is frozen."""
+        """The state to send, [rows, 1, D]: no view, as the schedule may free it; with a gradient if all is frozen too."""
         return make_viewless_tensor(x_tD.unsqueeze(1), requires_grad=True, keep_graph=True)
 
 

@@ -10,11 +10,12 @@ from torch import nn
 
 from unimega.errors import UnimegaError
 from unimega.parallel.groups import Groups
-from unimega.parallel.parameter import checkpoint_parts
+from unimega.parallel.parameter import checkpoint_parts, sharded_dim, vocabulary_rows
+from unimega.parallel.pipeline import PipelineStage
 
 
 def gather_tensors(
-    stages: Sequence[nn.Module], groups: Groups, value: Callable[[nn.Parameter], torch.Tensor | None]
+    stages: Sequence[PipelineStage], groups: Groups, value: Callable[[nn.Parameter], torch.Tensor | None]
 ) -> dict[str, torch.Tensor] | None:
     """Whole tensors by checkpoint key, on rank 0 (None elsewhere). Collective over the world; for tools and tests.
 
@@ -22,7 +23,8 @@ def gather_tensors(
         stages: without their DDP wrapping.
         value: what to gather of a parameter, in its shape (itself, its gradient); None: leave it out.
     """
-    mine: list[tuple[str, int, int, np.ndarray]] = []  # a tensor takes 30 times as long to pickle
+    # arrays, as a tensor takes 30 times as long to pickle
+    mine: list[tuple[str, int | None, int | None, np.ndarray]] = []
     if groups.dp.rank() == 0:
         for stage in stages:
             for name, parameter in stage.named_parameters():
@@ -30,8 +32,7 @@ def gather_tensors(
                 tensor = None if tied else value(parameter)
                 if tensor is None:
                     continue
-                dim = parameter.partition_dim if parameter.tensor_model_parallel else -1
-                rows = getattr(parameter, "vocabulary_rows", 0)
+                dim, rows = sharded_dim(parameter), vocabulary_rows(parameter)
                 for key, part in checkpoint_parts(name, tensor.detach().float().cpu()).items():
                     mine.append((key, dim, rows, part.numpy()))
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -39,7 +40,7 @@ def gather_tensors(
     if everyone is None:
         return None
     shards: dict[str, dict[int, torch.Tensor]] = {}
-    places: dict[str, tuple[int, int]] = {}
+    places: dict[str, tuple[int | None, int | None]] = {}
     for tp_rank, tensors in everyone:
         for key, dim, rows, part in tensors:
             shards.setdefault(key, {})[tp_rank] = torch.from_numpy(part)
@@ -47,14 +48,14 @@ def gather_tensors(
     return {key: _joined(parts, *places[key]) for key, parts in shards.items()}
 
 
-def _joined(parts: dict[int, torch.Tensor], dim: int, rows: int) -> torch.Tensor:
-    if dim < 0:
+def _joined(parts: dict[int, torch.Tensor], dim: int | None, rows: int | None) -> torch.Tensor:
+    if dim is None:
         return parts[0]
     whole = torch.cat([parts[rank] for rank in sorted(parts)], dim)
-    return whole[:rows] if rows else whole
+    return whole if rows is None else whole[:rows]
 
 
-def check_replicas(stages: Sequence[nn.Module], groups: Groups) -> None:
+def check_replicas(stages: Sequence[PipelineStage], groups: Groups) -> None:
     """Compare every parameter with its copies over dp, tp (if it is not cut) and, a tied table, over pp: bit for bit.
 
     The mistakes that megatron-core does not report (missing marks, wrong P2P settings) show here after one step.
@@ -65,7 +66,7 @@ def check_replicas(stages: Sequence[nn.Module], groups: Groups) -> None:
     """
     for stage in stages:
         _compare(dict(stage.named_parameters()), groups.dp, "dp")
-        whole = {n: p for n, p in stage.named_parameters() if not p.tensor_model_parallel}
+        whole = {n: p for n, p in stage.named_parameters() if sharded_dim(p) is None}
         _compare(whole, groups.tp, "tp")
     tied = [stage.shared_embedding_or_output_weight() for stage in stages if stage.share_embeddings_and_output_weights]
     table = next((weight for weight in tied if weight is not None), None)

@@ -1,7 +1,7 @@
 """Embedding and head cut over tp by rows of the vocabulary.
 
-megatron-core's own index with boolean masks and read a global group (specs/mcore.md 2.1, 2.3). Rows that make the
-vocabulary divisible by tp exist in memory only: zero in the embedding, -inf in the head, never in a checkpoint.
+megatron-core's own index with boolean masks, whose size the host must wait for, and read a global group. Rows that make
+the vocabulary divisible by tp exist in memory only: zero in the embedding, -inf in the head, never in a checkpoint.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from unimega.batch import Microbatch
 from unimega.kernels.registry import resolve
 from unimega.parallel.linear import Layout
-from unimega.parallel.parameter import parameter
+from unimega.parallel.parameter import vocabulary_parameter
 
 
 def rows_in_memory(rows: int, tp: int) -> int:
@@ -25,24 +25,27 @@ def rows_in_memory(rows: int, tp: int) -> int:
     return -(-rows // tp) * tp
 
 
-class Table(nn.Module):
-    """Rows of the vocabulary on this rank, as the direct parameter of a module that is called (see ``linear.Weights``)."""
+class _Rows(nn.Module):
+    """This rank's rows of the vocabulary, a direct parameter of the module that is called (see ``linear.Weights``)."""
 
     def __init__(self, rows: int, width: int, *, layout: Layout) -> None:
         super().__init__()
         padded = rows_in_memory(rows, layout.size)
-        self.weight = parameter(padded, width, dim=0, tp=layout.size)
-        self.weight.vocabulary_rows = rows
+        self.weight = vocabulary_parameter(rows, width, rows_in_memory=padded, tp=layout.size)
         self.layout, self.rows = layout, rows
         self.local_rows = padded // layout.size
         self.start = layout.tp.rank() * self.local_rows
+
+
+class Table(_Rows):
+    """The table of a head: handed out whole, as ``Head`` multiplies with it or with the embedding's."""
 
     def forward(self) -> torch.Tensor:
         """The weight, [rows_in_memory / tp, D]."""
         return self.weight
 
 
-class Embedding(Table):
+class Embedding(_Rows):
     """``x_TD = weight[tokens]``, written in modality order: the rows of a modality are one slice."""
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
@@ -96,7 +99,7 @@ class Head(nn.Module):
         )
 
     def logits(self, x_tD: torch.Tensor, weight_vD: torch.Tensor) -> torch.Tensor:
-        """fp32 logits [T, rows] of every row of the file, gathered over tp: T*V*4 bytes. For tools, not for training."""
+        """fp32 logits [T, rows of the file], gathered over tp: T*V*4 bytes. For tools, not for training."""
         local = F.linear(self._whole(x_tD), weight_vD).float()
         if self.layout.size > 1:
             rows, columns = local.shape

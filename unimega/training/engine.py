@@ -18,6 +18,7 @@ from unimega.models.build import build_stages
 from unimega.parallel import checkpoint, groups, initialize, optimizer, pipeline, replicas
 from unimega.parallel.linear import Layout
 from unimega.parallel.megatron_config import transformer_config
+from unimega.parallel.parameter import main_grad
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -159,7 +160,7 @@ class Engine:
             return self.reduce_results(self.forward_backward(microbatches, backward=False))
 
     def logits(self, microbatches: Sequence[Microbatch]) -> list[torch.Tensor]:
-        """fp32 logits [T, rows of the file] in modality order of every micro-batch, on the last stage; empty elsewhere."""
+        """fp32 logits [T, rows of the file] of every micro-batch in modality order, on the last stage; else empty."""
 
         def forward(batch: Microbatch, stage: Any) -> tuple[torch.Tensor, dict[str, Any]]:
             output, logits = stage(batch, logits=True)
@@ -188,7 +189,7 @@ class Engine:
 
     def gather_gradients(self) -> dict[str, torch.Tensor] | None:
         """Whole gradients by checkpoint key on rank 0, after ``forward_backward(whole_gradients=True)``."""
-        return replicas.gather_tensors(self.stages, self.groups, optimizer.main_grad)
+        return replicas.gather_tensors(self.stages, self.groups, main_grad)
 
     def gather_parameters(self) -> dict[str, torch.Tensor] | None:
         """Whole parameters by checkpoint key on rank 0."""

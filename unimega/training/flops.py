@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unimega.batch import Microbatch
+from unimega.batch import Intervals, Microbatch
 from unimega.config.model import ModelSpec
 
 
 def step_flops(spec: ModelSpec, microbatches: Sequence[Microbatch]) -> float:
     """FLOPs of forward and backward, a multiply-add as two, nothing counted twice under recompute.
 
-    Linears: 2 x weights passed, per token of each modality; attention: 4 x keys seen x heads x head width per query; head:
-    rows that carry loss only. The backward is twice the forward.
+    Linears: 2 x weights passed, per token of each modality; attention: 4 x keys seen x heads x head width per query;
+    head: rows that carry loss only. The backward is twice the forward.
 
     Args:
         microbatches: on the host.
@@ -32,6 +32,6 @@ def step_flops(spec: ModelSpec, microbatches: Sequence[Microbatch]) -> float:
     return 3 * total
 
 
-def _pairs(intervals) -> float:
+def _pairs(intervals: Intervals) -> float:
     """Number of (query, key) pairs that attention computes."""
     return float((intervals.hi.astype(np.int64) - intervals.lo).sum())

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from unimega import backend, log
 from unimega.config import loader as config_loader
 from unimega.config import presets
-from unimega.config.model import ModelSpec
 from unimega.config.schema import DataConfig, RunConfig
 from unimega.data.corpus import Corpus, Source
 from unimega.data.loader import Loader, Place, StepBatch
@@ -227,7 +226,7 @@ def _recipe(data: DataConfig) -> Recipe:
         unconditional_ratio=data.unconditional_ratio,
         mask_instructions=data.mask_instructions,
         templates=data.templates,
-        tokenizer=data.tokenizer or None,
+        tokenizer=data.tokenizer,
         window_tokens=data.window_tokens,
         seed=data.seed,
     )

@@ -11,8 +11,8 @@ WSD_DECAY = 0.1
 def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:
     """Rate of step ``step`` (from 0) of ``steps``: linear warm-up to ``lr``, then the schedule down to ``min_lr``.
 
-    cosine and linear fall from the end of the warm-up to the end of the run; wsd stays at ``lr`` and falls linearly over
-    the last tenth; constant stays.
+    cosine and linear fall from the end of the warm-up to the end of the run; wsd stays at ``lr`` and falls linearly
+    over the last tenth; constant stays.
     """
     high, low, warmup = optimizer.lr, optimizer.min_lr, optimizer.warmup_steps
     if step < warmup:
