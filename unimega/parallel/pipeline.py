@@ -45,7 +45,7 @@ class PipelineStage(nn.Module):
         return self._received.squeeze(1)
 
     def to_send(self, x_tD: torch.Tensor) -> torch.Tensor:
-        """The state to send, [rows, 1, D]: no view, as the schedule may free it; with a gradient if all is frozen too."""
+        """The state to send, [rows, 1, D]: no view, as it may be freed; it has a gradient even if all is frozen."""
         return make_viewless_tensor(x_tD.unsqueeze(1), requires_grad=True, keep_graph=True)
 
 

@@ -1,7 +1,7 @@
 """Embedding and head cut over tp by rows of the vocabulary.
 
-megatron-core's own index with boolean masks, whose size the host must wait for, and read a global group. Rows that make
-the vocabulary divisible by tp exist in memory only: zero in the embedding, -inf in the head, never in a checkpoint.
+megatron-core's own assign through boolean masks, which nothing here may do, and read a global group. Rows that make the
+vocabulary divisible by tp exist in memory only: zero in the embedding, -inf in the head, never in a checkpoint.
 """
 
 import torch
