@@ -417,5 +417,8 @@ def test_commands(tmp_path: Path) -> None:
     assert out["logits"].shape == (1, 97, 168) and out["logits"].dtype == np.float32
     assert_close(out["logits"], expected["logits"][:, :97], LOGITS, "logits")
     assert set(out) - {"logits", "loss"} == set(np.load(case / "grads_intended.npz").files)
-    again = command("tools/import_hf.py", case, tmp_path / "checkpoint")
-    assert again.returncode == 2 and "--overwrite" in again.stderr and again.stderr.count("\n") == 1
+    for bad in (
+        command("tools/logits.py", "--checkpoint", tmp_path / "checkpoint", *files, "--parallel.tpp", "2"),
+        command("tools/import_hf.py", case, tmp_path / "other", "--separator-ids", "x"),
+    ):
+        assert bad.returncode == 2 and bad.stderr.startswith("unimega: ") and bad.stderr.count("\n") == 1, bad.stderr
