@@ -1,6 +1,6 @@
 """Training on real scans through the commands a user types: torchrun, .bin/.idx, metrics.jsonl, a checkpoint.
 
-The digits recipe has a measured curve (examples/digits/demo.py); an engine that is wrong somewhere usually shows here first.
+The digits recipe has a measured curve (examples/digits/demo.py): an engine that is wrong somewhere leaves it.
 """
 
 import importlib.util

@@ -44,5 +44,6 @@ def transformer_config(
         qk_layernorm=True,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # waits for the device after every send; a workaround for torch before 2.0
         deallocate_pipeline_outputs=parallel.pp > 1 and (frees_sent_outputs or not interleaved),
     )

@@ -16,11 +16,11 @@ from unimega import backend, log
 from unimega.config import loader as config_loader
 from unimega.config import presets
 from unimega.config.schema import DataConfig, RunConfig
-from unimega.data.corpus import Corpus, Source
+from unimega.data.corpus import Source, vision_ids
 from unimega.data.loader import Loader, Place, StepBatch
 from unimega.data.plan import DataPlan, Recipe
 from unimega.errors import ConfigError, UnimegaError
-from unimega.parallel.checkpoint import LATEST_FILE
+from unimega.parallel.checkpoint import LATEST_FILE, read_model
 from unimega.training.engine import DTYPES, Engine, StepResult
 from unimega.training.flops import step_flops
 from unimega.training.metrics import Metrics
@@ -42,7 +42,7 @@ def train(config: RunConfig) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     log.setup(rank=rank, world=world)
     _refuse_overwriting(config)
-    vocabulary = presets.vocabulary(config.model, vision_ids=_vision_ids(config))
+    vocabulary = presets.vocabulary(config.model, vision_ids=vision_ids([source.path for source in config.data.train]))
     plan = DataPlan(_sources(config.data), vocabulary, _recipe(config.data))
     spec = presets.model_spec(config.model, vision_ids=vocabulary.ids[-1])
     backend.current().init_process_group(timeout=COLLECTIVE_TIMEOUT)
@@ -94,6 +94,9 @@ class Run:
         self.peak_flops = (device.peak_flops(dtype) or device.measured_gemm_flops(dtype)) * dist.get_world_size()
         self.metrics = Metrics(config.logging.directory if self.is_main else None)
         self.saved: list[Path] = []
+        self.model = {"spec": engine.spec.to_dict(), "model": config_loader.dump(config)["model"]}
+        if config.checkpoint.initial and "source" in (start := read_model(config.checkpoint.initial)):
+            self.model["source"] = start["source"]  # original names, for gradients and exports
 
     def train(self) -> None:
         """All steps, with logging, evaluation and saving on the way."""
@@ -197,8 +200,7 @@ class Run:
         logger.info("step %d  held out: %s", step, values)
 
     def _save(self, step: int) -> None:
-        model = {"spec": self.engine.spec.to_dict(), "model": config_loader.dump(self.config)["model"]}
-        self.saved.append(self.engine.save(self.config.checkpoint.directory, step, model))
+        self.saved.append(self.engine.save(self.config.checkpoint.directory, step, self.model))
         logger.info("step %d  saved %s", step, self.saved[-1])
         while len(self.saved) > self.config.checkpoint.keep:
             old = self.saved.pop(0)
@@ -230,14 +232,3 @@ def _recipe(data: DataConfig) -> Recipe:
         window_tokens=data.window_tokens,
         seed=data.seed,
     )
-
-
-def _vision_ids(config: RunConfig) -> tuple[int, ...]:
-    """Begin of image, from the first corpus that knows it, where ``model.vision_ids`` is absent."""
-    if config.model.vision_ids is not None or not config.model.codebook:
-        return ()
-    for source in _sources(config.data):
-        special = Corpus(source).special
-        if special is not None and special.vision_start is not None:
-            return (special.vision_start,)
-    raise ConfigError("model.vision_ids is absent and no corpus of data.train names <|vision_start|>. Give the ids.")
