@@ -50,3 +50,6 @@ PARITY_FP32 = 1e-5
 
 NEIGHBOURS_LOGITS = 1e-5
 """Of the largest |logit|, fp32: rule 1 of the design when the sizes of a document's neighbours change."""
+
+GPU_FP32 = 5e-5
+"""Relative, fp32 without TF32: the same model on another device, whose GEMMs and softmax sum in another order."""

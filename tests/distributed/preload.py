@@ -10,4 +10,8 @@ torch.set_num_threads(1)
 
 import torch._dynamo  # noqa: E402  (2 s, and every optimizer imports it)
 
+from unimega import backend  # noqa: E402
+
+backend.use("cpu")  # these tests are about gloo, also where there is a GPU; tests/gpu is about that
+
 import unimega.training.engine  # noqa: E402, F401
