@@ -40,19 +40,20 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 """Relative difference of the losses of ``unix`` and ``masked``, before the first update and after it."""
 
 
-def check_losses(contestants: Mapping[str, Contestant], precision: str) -> dict[str, float]:
-    """Two warm-up steps of everything; the losses of the second.
+def warm_up(contestants: Mapping[str, Contestant], precision: str) -> tuple[dict[str, float], dict[str, int]]:
+    """Two steps of everything: (losses after one update, host syncs of the second step).
 
     Raises:
-        UnimegaError: ``masked`` does not compute what ``unix`` computes.
+        UnimegaError: ``masked`` does not compute what ``unix`` computes, before an update or after it.
     """
-    losses = {name: [each.step() for _ in range(2)] for name, each in contestants.items()}
-    for place, (ours, theirs) in enumerate(zip(losses[MAIN], losses["masked"], strict=True)):
+    first = {name: each.step() for name, each in contestants.items()}
+    counted = {name: count_syncs(each.step) for name, each in contestants.items()}
+    second = {name: loss for name, (_, loss) in counted.items()}
+    for losses in (first, second):
+        ours, theirs = losses[MAIN], losses["masked"]
         if not abs(ours - theirs) <= TOLERANCE[precision] * abs(ours):
-            raise UnimegaError(
-                f"step {place}: the loss of unix is {ours}, of masked {theirs}: they are not the same model."
-            )
-    return {name: values[-1] for name, values in losses.items()}
+            raise UnimegaError(f"the loss of unix is {ours}, of masked {theirs}: they are not the same model.")
+    return second, {name: number for name, (number, _) in counted.items()}
 
 
 Times = dict[str, list[tuple[float, float]]]
@@ -84,8 +85,8 @@ def measure(shape: Shape, precision: str, steps: int) -> Iterator[dict[str, Any]
     """One record per model."""
     dtype, device, pack = DTYPES[precision], backend.current(), make_pack(shape)
     contestants = make_contestants(shape, precision, pack)
-    losses = check_losses(contestants, precision)
-    syncs = {name: (count_syncs(each.forward_backward), count_syncs(each.step)) for name, each in contestants.items()}
+    losses, step_syncs = warm_up(contestants, precision)
+    syncs = {name: count_syncs(each.forward_backward)[0] for name, each in contestants.items()}
     square = device.measured_gemm_flops(dtype)
     gemm_flops, gemms = model_gemms(make_specs(shape)[MAIN], pack.microbatch(), dtype)
     gemms()
@@ -113,8 +114,8 @@ def measure(shape: Shape, precision: str, steps: int) -> Iterator[dict[str, Any]
             "ratio_to_dense": ratios(times, name, BASE, 0),
             "cpu_ratio_to_dense": ratios(times, name, BASE, 1) if on_host else None,
             "flops_to_dense": round(each.flops / contestants[BASE].flops, 4),
-            "syncs_forward_backward": syncs[name][0],
-            "syncs_step": syncs[name][1],
+            "syncs_forward_backward": syncs[name],
+            "syncs_step": step_syncs[name],
             "loss_after_one_step": round(losses[name], 5),
             "rounds": steps,
         }
@@ -156,7 +157,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--shape", nargs="*", default=[], metavar="KEY=NUMBER", help=str(asdict(Shape())))
-    parser.add_argument("--steps", type=int, default=7, help="rounds that are timed")
+    parser.add_argument("--steps", type=int, default=6, help="rounds that are timed")
     parser.add_argument("--threads", type=int, default=None, help="of torch; absent: its own choice")
     parser.add_argument("--output", type=Path, default=None, help="also write the lines to this file")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run; the figures say little")
@@ -178,7 +179,7 @@ def read_shape(base: Shape, changes: Sequence[str]) -> Shape:
     return base
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """See the module."""
     options = parse(argv)
     shape = read_shape(QUICK if options.quick else Shape(), options.shape)

@@ -149,12 +149,7 @@ def make_contestants(shape: Shape, precision: str, pack: Pack) -> dict[str, Cont
             weights = engine.gather_parameters()
             assert weights is not None
             masked.load(weights)
-        made[name] = Contestant(
-            flops=step_flops(spec, [host]),
-            parameters=sum(p.numel() for stage in engine.stages for p in stage.parameters()),
-            step=lambda engine=engine: engine.step(batches, lr=LR).loss,
-            forward_backward=lambda engine=engine: engine.forward_backward(batches),
-        )
+        made[name] = _engine_contestant(engine, step_flops(spec, [host]), batches)
     tensors = pack.tensors(device)
     trainer = Trainer(masked, optimizer, device=device, dtype=dtype)
     made["masked"] = Contestant(
@@ -164,6 +159,15 @@ def make_contestants(shape: Shape, precision: str, pack: Pack) -> dict[str, Cont
         forward_backward=lambda: trainer.forward_backward(tensors),
     )
     return made
+
+
+def _engine_contestant(engine: Engine, flops: float, batches: list[Microbatch]) -> Contestant:
+    return Contestant(
+        flops=flops,
+        parameters=sum(p.numel() for stage in engine.stages for p in stage.parameters()),
+        step=lambda: engine.step(batches, lr=LR).loss,
+        forward_backward=lambda: engine.forward_backward(batches),
+    )
 
 
 def model_gemms(spec: ModelSpec, batch: Microbatch, dtype: torch.dtype) -> tuple[float, Callable[[], None]]:

@@ -12,6 +12,7 @@ S tokens of one pack, s of one stream, D width, V rows of the vocabulary.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,14 +68,16 @@ class Layer(nn.Module):
         v = self.v(x).view(shape).transpose(1, 2)
         q, k = _rotate(q, angles), _rotate(k, angles)
         runs = [
-            F.scaled_dot_product_attention(*run, is_causal=True, enable_gqa=True)
-            for run in zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
+            F.scaled_dot_product_attention(q_run, k_run, v_run, is_causal=True, enable_gqa=True)
+            for q_run, k_run, v_run in zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
         ]
         return self.output(torch.cat(runs, dim=2).transpose(1, 2).reshape(len(x), -1))
 
 
 class MaskedUniX(nn.Module):
     """The stack: ``encode`` layers by two, shared layers, ``decode`` layers by two."""
+
+    inverse_frequency: torch.Tensor
 
     def __init__(self, spec: ModelSpec, *, encode: int, decode: int) -> None:
         super().__init__()
@@ -175,7 +178,7 @@ class Trainer:
         if dtype == torch.float32:
             self.masters = list(model.parameters())
         matrices, vectors = ([p for p in self.masters if (p.ndim > 1) is wanted] for wanted in (True, False))
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
             groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )

@@ -1,12 +1,15 @@
 """Counts what makes a host wait for its device, also on a CPU, where nothing waits."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+T = TypeVar("T")
 
 
 class SyncCounter:
@@ -50,9 +53,10 @@ def _has_mask(args: Sequence[Any]) -> bool:
     return any(isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in flat)
 
 
-def count_syncs(run: Callable[[], Any]) -> int:
-    """Host syncs of one call."""
+def count_syncs(run: Callable[[], T]) -> tuple[int, T]:
+    """Host syncs of one call, and its result."""
     counter = SyncCounter()
-    with counter.counting():
-        run()
-    return counter.total
+    with counter.counting(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of .grad of a non-leaf, which only the mode's wrapper touches
+        result = run()
+    return counter.total, result
