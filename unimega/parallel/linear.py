@@ -30,11 +30,6 @@ class Product:
     weights: tuple[torch.Tensor, ...]
     biases: tuple[torch.Tensor | None, ...]
 
-    @property
-    def rows(self) -> tuple[int, int]:
-        """First and one past the last row."""
-        return self.spans[0][0], self.spans[-1][1]
-
 
 @dataclass(frozen=True)
 class Layout:
