@@ -7,7 +7,8 @@ weight: [v, D], this rank's rows of the vocabulary, ids ``vocab_start .. vocab_s
 from ``vocab_rows`` on are padding: no part in the softmax, zero gradient.
 labels: int [n], global ids below ``vocab_rows``. token_weights: float [n].
 group: None or a ProcessGroup over which the vocabulary is cut.
-chunk: rows at a time, the same on all ranks; None: so many that their logits take 64 MiB.
+chunk: rows at a time, the same on all ranks; None: so many that their logits take 64 MiB, but at least 512: each chunk
+reads and rewrites the whole fp32 weight gradient.
 loss: scalar, the same on all ranks. ce: [n], detached. Both fp32 (fp64 for fp64).
 Gradients: of x, this rank's part, which the caller sums over ``group``; of weight. With p the softmax,
 ``dlogits = w (p - onehot(label))``, ``dx = dlogits W``, ``dW = dlogits^T x``.
@@ -28,6 +29,7 @@ from unimega.kernels import registry
 from unimega.kernels.precision import widen
 
 _LOGITS_BYTES = 64 * 2**20
+_FEWEST_ROWS = 512
 
 
 def reference(
@@ -43,7 +45,7 @@ def reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the module: the definition in plain torch."""
     if chunk is None:  # from sizes that are equal on all ranks, or they would enter different numbers of collectives
-        chunk = max(1, _LOGITS_BYTES // (weight.shape[0] * max(4, x.element_size())))
+        chunk = max(_FEWEST_ROWS, _LOGITS_BYTES // (weight.shape[0] * max(4, x.element_size())))
     needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     real = min(max(vocab_rows - vocab_start, 0), weight.shape[0])
     return _LinearCrossEntropy.apply(x, weight, labels, token_weights, group, vocab_start, real, chunk, needs)
