@@ -116,7 +116,7 @@ ODD = LayerSpec(attention="split", output_projection="split", ffn=(8, 8), norms=
 @pytest.mark.parametrize(
     ("layers", "layout", "line"),
     [
-        (dense(2, ffn=8), Layout(family="qwen"), "has names for 1 modalities, the model has 2: text, vision"),
+        ((LayerSpec(ffn=(8, 8)),), Layout(family="qwen"), "layers.0 has no names in layout 'qwen': it is split in ffn"),
         ((LayerSpec(attention="split", ffn=(8, 8)),), Layout(family="moe"), "layers.0 has no names in .*: .*attention"),
         ((LayerSpec(ffn=(8, 8), shared_ffn=4),), Layout(family="mot"), "layers.0 .* split in ffn beside a shared FFN"),
         ((*dense(1, ffn=8), ODD, *dense(1, ffn=8)), Layout(family="x"), r"layers \[1\] of 3 are split as a whole"),

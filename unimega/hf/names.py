@@ -5,7 +5,7 @@ checkpoint groups per KV head (``[q.., k, v] x head_width``). The same table tak
 out.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -53,6 +53,11 @@ class Row:
     """0: a copy. Else the number of groups ``[q.., k, v]`` that q, k and v are cut into, row-wise."""
     used: bool = True
     """False: the original carries the tensor and never uses it, so it has no gradient."""
+
+    @property
+    def key_shape(self) -> Shape:
+        """Shape of the tensor in the checkpoint."""
+        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
     def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """The tensors of the folder, in the order of ``names``, as the one of the checkpoint."""
@@ -119,22 +124,19 @@ class Table:
             CheckpointError: a key is missing, of another shape, or not of this model.
         """
         rows = [row for row in self.rows if row.used or not gradients]
-        missing = [row.key for row in rows if row.key not in tensors]
-        if missing:
-            raise CheckpointError(f"key {missing[0]!r}{_more(missing)} is missing. The checkpoint is of another model.")
-        unused = sorted(set(tensors) - {row.key for row in rows})
-        if unused:
-            raise CheckpointError(
-                f"key {unused[0]!r}{_more(unused)} has no name in this layout. The checkpoint is of another model."
-            )
+        _check_keys(rows, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
         out: dict[str, torch.Tensor] = {}
         for row in rows:
-            tensor = tensors[row.key]
-            want = (sum(shape[0] for shape in row.shapes), *row.shapes[0][1:])
-            if tuple(tensor.shape) != want:
-                raise CheckpointError(f"key {row.key!r} has shape {list(tensor.shape)}, the model wants {list(want)}.")
-            out.update(zip(row.names, row.split(tensor), strict=True))
+            out.update(zip(row.names, row.split(tensors[row.key]), strict=True))
         return out
+
+    def check_keys(self, shapes: Mapping[str, Shape]) -> None:
+        """Compare the keys and shapes of a checkpoint with the table; ``to_hf`` on metadata alone.
+
+        Raises:
+            CheckpointError: the first key that is missing, not of this model, or of another shape.
+        """
+        _check_keys(self.rows, shapes)
 
     def check(self, shapes: Mapping[str, Shape]) -> None:
         """Compare the names and shapes of a folder with the table; ``to_engine`` on headers alone.
@@ -173,11 +175,10 @@ def table(spec: ModelSpec, layout: Layout) -> Table:
     Raises:
         CheckpointError: the layout has no spelling for one of the model's layers.
     """
-    want = 1 if layout.family == "qwen" else _TWO_MODALITIES
-    if len(spec.modalities) != want:
+    if layout.family != "qwen" and len(spec.modalities) > _TWO_MODALITIES:
         raise CheckpointError(
-            f"layout {layout.family!r} has names for {want} modalities, the model has {len(spec.modalities)}: "
-            f"{', '.join(spec.modalities)}."
+            f"layout {layout.family!r} has names for {_TWO_MODALITIES} modalities, the model has "
+            f"{len(spec.modalities)}: {', '.join(spec.modalities)}."
         )
     rows = [_copy("embedding.weight", "model.embed_tokens.weight", (spec.vocabulary.rows, spec.width))]
     twins = _twins(spec, layout)
@@ -215,6 +216,8 @@ class _Names:
 
 def _twins(spec: ModelSpec, layout: Layout) -> dict[int, str]:
     """The twin of each wholly split layer: the first ``encode`` layers and the last ones, none between."""
+    if len(spec.modalities) == 1:
+        return {}
     split = [index for index, layer in enumerate(spec.layers) if layer.norms == "split"]
     encode, layers = layout.encode, len(spec.layers)
     decode = len(split) - encode
@@ -260,6 +263,8 @@ def _check_spelling(names: _Names, layer: LayerSpec) -> None:
         "norms": layer.norms,
     }
     split = {part for part, sharing in parts.items() if sharing == "split"} | ({"ffn"} if layer.ffn else set())
+    if len(names.modalities) == 1:
+        split = set()  # one copy of each, whose name is the shared one's
     possible = _SPLITS[family]
     shared_beside = layer.shared_ffn and layer.ffn
     if split not in possible or (shared_beside and (family != "x" or names.twin)):
@@ -307,6 +312,22 @@ def _ffn_rows(names: _Names, key: str, suffix: str, modality: int, *, shape: Sha
 
 def _copy(key: str, name: str, shape: Shape, *, used: bool = True) -> Row:
     return Row(key=key, names=(name,), shapes=(shape,), used=used)
+
+
+def _check_keys(rows: Sequence[Row], shapes: Mapping[str, Shape]) -> None:
+    missing = [row.key for row in rows if row.key not in shapes]
+    if missing:
+        raise CheckpointError(f"key {missing[0]!r}{_more(missing)} is missing. The checkpoint is of another model.")
+    unused = sorted(set(shapes) - {row.key for row in rows})
+    if unused:
+        raise CheckpointError(
+            f"key {unused[0]!r}{_more(unused)} has no name in this layout. The checkpoint is of another model."
+        )
+    for row in rows:
+        if shapes[row.key] != row.key_shape:
+            raise CheckpointError(
+                f"key {row.key!r} has shape {list(shapes[row.key])}, the model wants {list(row.key_shape)}."
+            )
 
 
 def _more(names: list[str]) -> str:

@@ -1,0 +1,64 @@
+"""Turn a checkpoint into a Hugging Face folder.
+
+    python tools/export_hf.py CHECKPOINT OUT [--dtype bf16|fp16|fp32] [--format auto|uni_x|qwen2|qwen3|llama]
+        [--tokenizer FOLDER] [--max-shard-size 5GB] [--overwrite]
+
+CHECKPOINT is a folder of steps (its latest is taken) or one step's folder. A model whose modalities have weights of
+their own becomes uni_x, which loads with trust_remote_code=True; a dense one becomes a stock Qwen2, Qwen3 or Llama.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from unimega.errors import CheckpointError, run_cli
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    parser.add_argument("--dtype", help="bf16, fp16 or fp32; absent: as stored")
+    parser.add_argument("--format", default="auto", help="absent: stock where it computes the same, else uni_x")
+    parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; absent: the run's")
+    parser.add_argument("--max-shard-size", default="5GB", help="a larger model has several files")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+    arguments = parser.parse_args(argv)
+    limit = _bytes(arguments.max_shard_size)
+    if arguments.dtype not in (None, "bf16", "fp16", "fp32"):
+        raise CheckpointError(f"--dtype={arguments.dtype!r} is unknown. Types: bf16, fp16, fp32.")
+
+    from unimega.hf.export import export_checkpoint  # torch and megatron-core, once the arguments are sound
+
+    done = export_checkpoint(
+        arguments.checkpoint,
+        arguments.out,
+        format=arguments.format,
+        dtype=arguments.dtype,
+        max_shard_bytes=limit,
+        tokenizer=arguments.tokenizer,
+        overwrite=arguments.overwrite,
+    )
+    how = "with trust_remote_code=True" if done.needs_code else "as it is"
+    tokens = f"tokenizer of {done.tokenizer}" if done.tokenizer else "no tokenizer (--tokenizer FOLDER adds one)"
+    print(
+        f"{done.model_type}: {done.tensors} tensors, {done.bytes / 1e6:.1f} MB in {len(done.files)} file(s); {tokens}"
+    )
+    print(f"{arguments.out} loads {how}: AutoModelForCausalLM.from_pretrained")
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
+    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    if size < 1:
+        raise CheckpointError(f"--max-shard-size={text!r} is not a size. Write it as 5GB or 800MB.")
+    return size
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])
