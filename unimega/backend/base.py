@@ -24,6 +24,8 @@ class Backend(abc.ABC):
     """``cpu``, ``cuda`` or ``npu``."""
     collective: str
     """Name of torch.distributed's backend: ``gloo``, ``nccl`` or ``hccl``."""
+    keeps_sent_tensors: bool
+    """Whether ``collective`` keeps what it sends alive until it is sent: then a pipeline may free it at once."""
     device: torch.device
     """This process's device: that of its LOCAL_RANK, if there are several."""
     gemm_size: int

@@ -22,6 +22,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     collective = "gloo"
+    keeps_sent_tensors = False
     gemm_size = 1024
 
     def __init__(self) -> None:

@@ -37,6 +37,7 @@ class CudaBackend(Backend):
 
     name = "cuda"
     collective = "nccl"
+    keeps_sent_tensors = True
     gemm_size = 8192
 
     def __init__(self) -> None:

@@ -74,7 +74,7 @@ class Engine:
         self.groups = groups.initialize(parallel, seed=seed)
         dtype = DTYPES[precision]
         self.config = transformer_config(
-            spec, parallel, dtype=dtype, frees_sent_outputs=self.backend.collective == "nccl"
+            spec, parallel, dtype=dtype, frees_sent_outputs=self.backend.keeps_sent_tensors
         )
         build = Build(
             spec=spec,
