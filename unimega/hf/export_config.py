@@ -120,7 +120,7 @@ def _is_plain(layer: LayerSpec, modalities: int) -> bool:
     """One weight for all, and one FFN. With one modality a split layer is that too."""
     if modalities == 1:
         return not (layer.ffn and layer.shared_ffn)
-    return layer == LayerSpec(shared_ffn=layer.shared_ffn)
+    return not layer.ffn and layer == LayerSpec(shared_ffn=layer.shared_ffn)
 
 
 def _text_width(layer: LayerSpec) -> int:

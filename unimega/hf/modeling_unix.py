@@ -28,7 +28,7 @@ token. What it needs besides, the modality of each past token, it keeps as one m
 repeats a cache of transformers takes it along.
 
 ``attention_mask`` is absent, 0 and 1 (pads on either side), or numbers of packed documents (1, 1, 2, 2, ..., 0: pad);
-without it and without a cache, ``position_ids`` that restart mark documents too.
+without it, ``position_ids`` that restart mark documents too, as long as nothing is cached.
 
 Shapes: B rows, T tokens of this call, S tokens with those of the cache, n tokens of one modality, D width, H query
 heads, K key-value heads, N head width.
@@ -428,9 +428,9 @@ class UniXModel(UniXPreTrainedModel):
                 raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, wanted [B, tokens so far]")
             documents[:, :seen] = attention_mask[:, :seen]
             is_plain = bool((documents[:, :seen] == 1).all())
-        elif cache is None and position_ids is not None and length > 1:
-            documents[:] = nn.functional.pad((position_ids.diff(dim=-1) != 1).cumsum(-1), (1, 0)) + 1
-            is_plain = bool((documents == 1).all())
+        elif past == 0 and position_ids is not None and length > 1:
+            documents[:, :seen] = nn.functional.pad((position_ids.diff(dim=-1) != 1).cumsum(-1), (1, 0)) + 1
+            is_plain = bool((documents[:, :seen] == 1).all())
         else:
             documents[:, :seen] = 1
             is_plain = True
