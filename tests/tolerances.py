@@ -53,3 +53,6 @@ NEIGHBOURS_LOGITS = 1e-5
 
 GPU_FP32 = 5e-5
 """Relative, fp32 without TF32: the same model on another device, whose GEMMs and softmax sum in another order."""
+
+PARITY_BF16 = 6e-2
+"""Relative, bf16: tp and recompute round the same sums at other places (2^-8 each, a few layers deep)."""

@@ -1,6 +1,9 @@
 """Weights on disk: saved under one layout, loaded under another, equal bit for bit; rows added for tp stay out."""
 
 import json
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,32 +80,76 @@ def test_initial_weights_do_not_depend_on_the_layout() -> None:
         assert all(torch.equal(got[key], values) for key, values in reference.items())
 
 
-def refusals(folder: str) -> list[str]:
+def refusals(folder: str, cases: list[tuple[str, dict[str, object], str]]) -> list[str]:
+    """On a rank: what loading a checkpoint of ``dense`` into each changed model says."""
     from dataclasses import replace
 
     from unimega.errors import CheckpointError
+    from unimega.parallel import groups
     from unimega.training.engine import Engine
 
     lines = []
-    dense = PRESETS["dense"]
-    for model, path in (
-        (replace(dense, layers=dense.layers[:3]), "dense"),
-        (PRESETS["unix tied"], "dense"),
-        (dense, "nowhere"),
-    ):
+    for name, changes, path in cases:
         try:
-            Engine(model, ParallelConfig(), optimizer_config=None, initial=f"{folder}/{path}")
+            Engine(
+                replace(PRESETS[name], **changes), ParallelConfig(), optimizer_config=None, initial=f"{folder}/{path}"
+            )
         except CheckpointError as error:
             lines.append(str(error))
-        from unimega.parallel import groups
-
         groups.destroy()
     return lines
 
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
+    """By its description; without one, by names and shapes."""
     run_dist(save, world=1, args=(str(tmp_path), ParallelConfig()))
-    fewer, other, missing = run_dist(refusals, world=1, args=(str(tmp_path),))[0]
+    layers = PRESETS["dense"].layers
+    wider = tuple(replace(layer, shared_ffn=26) for layer in layers)
+    described: list[tuple[str, dict[str, object], str]] = [
+        ("dense", {"layers": layers[:3]}, "dense"),
+        ("dense", {"heads": 2, "head_width": 24, "kv_heads": 1}, "dense"),
+        ("dense", {}, "nowhere"),
+    ]
+    fewer, heads, missing = run_dist(refusals, world=1, args=(str(tmp_path), described))[0]
+    assert "model has other layers" in fewer
+    assert "model has heads=4, the run 2" in heads
+    assert "not there" in missing
+    (tmp_path / "dense" / "step-00000007" / "model.json").write_text("{}")
+    bare: list[tuple[str, dict[str, object], str]] = [
+        ("dense", {"layers": layers[:3]}, "dense"),
+        ("unix tied", {}, "dense"),
+        ("dense", {"layers": wider}, "dense"),
+    ]
+    fewer, other, shape = run_dist(refusals, world=1, args=(str(tmp_path), bare))[0]
     assert "has a tensor that the model lacks: 'layers.3." in fewer
     assert "has no tensor 'layers.0." in other
-    assert "not there" in missing
+    assert "'layers.0.ffn.down.weight' is [32, 24], the model's is [32, 26]" in shape
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "no metadata", "no common", "not json", "not a spec"])
+def test_a_damaged_checkpoint_is_one_line(damage: str, saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "dense", tmp_path / "dense")
+    step = tmp_path / "dense" / "step-00000007"
+    shard = max(step.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    match damage:
+        case "cut":
+            os.truncate(shard, shard.stat().st_size // 2)
+        case "gone":
+            shard.unlink()
+        case "no metadata":
+            (step / ".metadata").unlink()
+        case "no common":
+            (step / "common.pt").unlink()
+        case "not json":
+            (step / "model.json").write_bytes(b"\xff{")
+        case "not a spec":
+            (step / "model.json").write_text('{"spec": {"width": 3}}')
+    (line,) = run_dist(refusals, world=1, args=(str(tmp_path), [("dense", {}, "dense")]))[0]
+    assert "\n" not in line and ("damaged" in line)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    run_dist(save, world=1, args=(str(folder), ParallelConfig()))
+    return folder

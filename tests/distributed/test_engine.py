@@ -134,3 +134,28 @@ def nothing_to_learn() -> list[float]:
 
 def test_a_batch_without_targets_has_loss_0_and_no_gradient() -> None:
     assert run_dist(nothing_to_learn, world=2)[0] == [0.0, 0.0, 0.0, 0.0]
+
+
+def refused() -> list[str]:
+    from unimega.errors import UnimegaError
+    from unimega.parallel import groups
+
+    lines = []
+    for options in (
+        {"kernels": {"swigluu": "reference"}},
+        {"kernels": {"swiglu": "tritonn"}},
+        {"optimizer_config": OptimizerConfig(rates=(Rate(match="*_visoin", factor=3.0),))},
+    ):
+        try:
+            engine_of("unix", **options)
+        except UnimegaError as error:
+            lines.append(str(error))
+        groups.destroy()
+    return lines
+
+
+def test_names_that_match_nothing_are_refused() -> None:
+    op, implementation, rate = run_dist(refused, world=1)[0]
+    assert op.startswith("kernels.swigluu is not an op")
+    assert "kernels.swiglu='tritonn'" in implementation
+    assert rate.startswith("optimizer.rates.match='*_visoin' matches no parameter")

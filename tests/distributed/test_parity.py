@@ -12,7 +12,7 @@ import torch
 
 from tests.distributed.harness import run_dist
 from tests.models import PRESETS, SKIP, microbatch, random_tensor
-from tests.tolerances import PARITY_FP32, relative_error
+from tests.tolerances import PARITY_BF16, PARITY_FP32, relative_error
 from unimega.config.schema import OptimizerConfig, ParallelConfig
 
 pytestmark = pytest.mark.timeout(500)
@@ -53,6 +53,12 @@ def layouts(number: int) -> list[dict[str, Any]]:
     ]
 
 
+RECOMPUTE = [
+    dict(layout=f"one rank, {kind} recompute", parallel=ParallelConfig(overlap=False), recompute=kind)
+    for kind in ("full", "selective")
+]
+
+
 def all_cases() -> list[Case]:
     cases = [Case(preset, **case) for preset, model in PRESETS.items() for case in layouts(len(model.layers))]
     for case in (*layouts(5)[:2], *layouts(5)[5:8]):
@@ -63,9 +69,12 @@ def all_cases() -> list[Case]:
     four = dict(world=4, layout="tp 2 + sp x dp 2", parallel=ParallelConfig(tp=2, sequence_parallel=True))
     deep = dict(world=4, layout="pp 2 interleaved x dp 2", parallel=ParallelConfig(pp=2, vpp=2))
     cases += [Case(preset, **case) for preset in ("unix tied", "mot") for case in (four, deep)]
-    frozen = dict(trainable=("*_vision",))
-    for case in (layouts(4)[1], layouts(4)[2], layouts(4)[6]):
-        cases.append(Case("unix", **frozen, **case | dict(layout=f"{case['layout']}, text frozen")))
+    frozen = {"unix": ("*_vision",), "unix tied": ("layers.*",), "mot": ("layers.*", "*layernorm*")}
+    for preset, trainable in frozen.items():
+        for case in (layouts(4)[1], layouts(4)[2], layouts(4)[6], *layouts(4)[7:9], *RECOMPUTE):
+            cases.append(Case(preset, trainable=trainable, **case | dict(layout=f"{case['layout']}, partly frozen")))
+    half_tied = ("layers.*", "embedding.weight")
+    cases.append(Case("unix tied", trainable=half_tied, **layouts(4)[2] | dict(layout="pp 2, norm frozen")))
     return cases
 
 
@@ -161,7 +170,8 @@ def results(preset: str) -> dict[Case, dict[str, Any]]:
     references = list(dict.fromkeys(reference(case) for case in cases))
     found: dict[Case, dict[str, Any]] = {}
     for world in (1, 2, 4):
-        mine = references if world == 1 else [case for case in cases if case.world == world]
+        mine = [case for case in cases if case.world == world]
+        mine = [*references, *mine] if world == 1 else mine
         for part in (mine[i : i + 12] for i in range(0, len(mine), 12)):  # a world keeps the groups of all its engines
             found.update(zip(part, run_dist(run_cases, world=world, args=(part,))[0], strict=True))
     return found
@@ -188,11 +198,19 @@ def compare(got: dict[str, Any], expected: dict[str, Any], tolerance: float) -> 
             assert relative_error(got[what][key], wanted) <= tolerance, f"{what} of {key}"
 
 
-def test_bf16_keeps_fp32_main_gradients() -> None:
-    """dp 2 in bf16 sums the same bf16 products in fp32: equal to one rank but for the order of a few fp32 additions."""
-    one = Case("unix", precision="bf16")
-    two = replace(one, world=2, parallel=ParallelConfig())
+@pytest.mark.parametrize(
+    "two, tolerance",
+    [
+        (Case("unix", world=2, parallel=ParallelConfig()), PARITY_FP32),
+        (Case("unix", world=2, parallel=ParallelConfig(tp=2, sequence_parallel=True)), PARITY_BF16),
+        (Case("mot", world=2, parallel=ParallelConfig(pp=2), recompute="full"), PARITY_BF16),
+    ],
+    ids=["dp 2", "tp 2 + sp", "pp 2, full recompute"],
+)
+def test_bf16_keeps_fp32_main_gradients(two: Case, tolerance: float) -> None:
+    """dp 2 sums the same bf16 products in fp32: equal but for the order; tp rounds partial sums to bf16 in between."""
+    one, two = Case(two.preset, precision="bf16"), replace(two, precision="bf16")
     expected, got = (run_dist(run_cases, world=case.world, args=([case],))[0][0] for case in (one, two))
     for key, wanted in expected["gradients"].items():
         assert wanted.dtype == torch.float32
-        assert relative_error(got["gradients"][key], wanted) <= PARITY_FP32, key
+        assert relative_error(got["gradients"][key], wanted) <= tolerance, key

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from unimega.config.layer import LayerSpec
 from unimega.config.vocabulary import Vocabulary
+from unimega.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,21 @@ class ModelSpec:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "ModelSpec":
-        """Inverse of ``to_dict``, also after a trip through JSON (lists for tuples)."""
-        vocabulary = {key: _frozen(value) for key, value in values["vocabulary"].items()}
-        layers = tuple(LayerSpec(**{key: _frozen(value) for key, value in layer.items()}) for layer in values["layers"])
-        rest = {key: _frozen(value) for key, value in values.items() if key not in ("vocabulary", "layers")}
-        return ModelSpec(vocabulary=Vocabulary(**vocabulary), layers=layers, **rest)
+        """Inverse of ``to_dict``, also after a trip through JSON (lists for tuples).
+
+        Raises:
+            CheckpointError: a field is missing, unknown or impossible.
+        """
+        try:
+            vocabulary = {key: _frozen(value) for key, value in values["vocabulary"].items()}
+            layers = tuple(LayerSpec(**{key: _frozen(v) for key, v in layer.items()}) for layer in values["layers"])
+            rest = {key: _frozen(value) for key, value in values.items() if key not in ("vocabulary", "layers")}
+            return ModelSpec(vocabulary=Vocabulary(**vocabulary), layers=layers, **rest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"the description of the model in a checkpoint is not complete ({error}). "
+                "It is damaged or of another version of unimega."
+            ) from error
 
 
 def _frozen(value: Any) -> Any:

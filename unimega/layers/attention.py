@@ -76,7 +76,7 @@ class Attention(nn.Module):
             )
             return self.attend(q, k, v, intervals, scale=self.scale, rows=rows, inverse=inverse)
 
-        o = recompute(core, qkv) if self.selective_recompute and torch.is_grad_enabled() else core(qkv)
+        o = recompute(core, qkv) if self.selective_recompute else core(qkv)
         y = row_linear((o,), self.output(order.counts), total, self.layout, self.gemms)
         return self.output.add_bias(y, order.local_counts)
 

@@ -45,8 +45,7 @@ class FFN(nn.Module):
         if self.shared is not None:
             into, out = into + self.shared.gate_up(counts), out + self.shared.down(counts)
         hidden = column_linear(x_tD, into, self.layout, self.gemms)
-        keep = self.selective_recompute and torch.is_grad_enabled()
-        gated = [recompute(self.swiglu, h) if keep else self.swiglu(h) for h in hidden]
+        gated = [recompute(self.swiglu, h) if self.selective_recompute else self.swiglu(h) for h in hidden]
         return row_linear(gated, out, sum(counts), self.layout, self.gemms)
 
 

@@ -76,10 +76,7 @@ class Stage(PipelineStage):
                 assert saved is not None
                 first = batch.order.local_counts[0]
                 x_tD = torch.cat([x_tD[:first], x_tD[first:] + saved[first:]])
-            if self.recompute_blocks and torch.is_grad_enabled():
-                x_tD = recompute(partial(block, call=call), x_tD)
-            else:
-                x_tD = block(x_tD, call)
+            x_tD = recompute(partial(block, call=call), x_tD) if self.recompute_blocks else block(x_tD, call)
             if self.spec.skip and block.index == self.spec.skip[0]:
                 saved = x_tD
         return x_tD

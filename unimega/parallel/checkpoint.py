@@ -18,8 +18,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from torch.distributed.checkpoint.api import CheckpointException
 
-from unimega.errors import CheckpointError
+from unimega.errors import CheckpointError, UnimegaError
 from unimega.parallel.groups import Groups
 from unimega.parallel.parameter import checkpoint_parts, sharded_dim, vocabulary_rows
 from unimega.parallel.pipeline import PipelineStage
@@ -47,7 +48,7 @@ def resolve_step(path: str | os.PathLike[str]) -> Path:
     latest = path / LATEST_FILE
     if not latest.exists():
         raise CheckpointError(f"{path}: holds no checkpoint (no metadata.json, no {LATEST_FILE}).")
-    step = path / latest.read_text().strip()
+    step = path / latest.read_text(errors="replace").strip()
     if not (step / "metadata.json").exists():
         raise CheckpointError(
             f"{latest}: names {step.name}, which is not a whole checkpoint. Name another step's folder."
@@ -59,7 +60,7 @@ def read_model(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The description stored with the weights."""
     file = resolve_step(path) / MODEL_FILE
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(errors="replace"))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: not there. The checkpoint was not written by unimega.") from None
     except json.JSONDecodeError as error:
@@ -70,11 +71,9 @@ def sharded_weights(stages: Sequence[PipelineStage], groups: Groups) -> dict[str
     """By parameter name, megatron-core's description of where each tensor of this rank lies in the global one."""
     made: dict[str, Any] = {}
     for stage in stages:
-        for name, values in stage.named_parameters():
-            key, duplicate = name, 0
-            if name == "head.weight" and stage.share_embeddings_and_output_weights:
-                key, duplicate = "embedding.weight", 1
-            made[name] = _sharded(key, values, groups, duplicate)
+        for name, values in stage.weights():
+            copy = name == "embedding.weight" and not stage.pre_process
+            made[name] = _sharded(name, values, groups, duplicate=int(copy))
     return made
 
 
@@ -102,19 +101,26 @@ def save_tensors(
 
 
 def load_weights(path: str | os.PathLike[str], stages: Sequence[PipelineStage], groups: Groups) -> None:
-    """Fill the parameters from a checkpoint of any layout. Collective over the world.
+    """Fill the parameters, on their device, from a checkpoint of any layout. Collective over the world.
 
     Raises:
-        CheckpointError: tensors are missing, left over, or of another shape.
+        CheckpointError: tensors are missing, left over, or of another shape, or files are missing or damaged.
     """
     step = resolve_step(path)
-    wanted = sharded_weights(stages, groups)
-    _compare_keys(step, stages, groups)
-    with torch.no_grad():
-        loaded = dist_checkpointing.load(dict(wanted), str(step))
-        for stage in stages:
-            for name, values in stage.named_parameters():
-                values.copy_(loaded[name])
+    try:
+        stored = dist_checkpointing.load_tensors_metadata(str(step))
+        _compare_tensors(step, {key: tuple(value.global_shape) for key, value in stored.items()}, stages, groups)
+        with torch.no_grad():
+            loaded = dist_checkpointing.load(sharded_weights(stages, groups), str(step))
+            for stage in stages:
+                for name, values in stage.weights():
+                    values.copy_(loaded[name])
+    except UnimegaError:
+        raise
+    except (Exception, CheckpointException) as error:  # a dozen kinds, for files that are damaged or gone
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+        raise CheckpointError(f"{step}: cannot be read, it is damaged or not whole ({reason}).") from error
 
 
 def _save(directory: Path, step: int, state: dict[str, Any], model: dict[str, Any]) -> Path:
@@ -137,7 +143,7 @@ def _save(directory: Path, step: int, state: dict[str, Any], model: dict[str, An
     return final
 
 
-def _sharded(key: str, values: torch.Tensor, groups: Groups, duplicate: int) -> Any:
+def _sharded(key: str, values: torch.Tensor, groups: Groups, *, duplicate: int) -> Any:
     tp, dim = groups.tp, sharded_dim(values)
     replica = (duplicate, 0 if dim is not None else tp.rank(), groups.dp.rank())
     rows = vocabulary_rows(values)
@@ -188,18 +194,34 @@ def _vocabulary_factory(
     return ShardedTensorFactory(key, values.detach(), build, merge, replica)
 
 
-def _compare_keys(step: Path, stages: Sequence[PipelineStage], groups: Groups) -> None:
-    mine = set()
-    for stage in stages:
-        tied_head = stage.share_embeddings_and_output_weights
-        for name, values in stage.named_parameters():
-            if not (tied_head and name == "head.weight"):
-                mine |= set(checkpoint_parts(name, values))
+def _compare_tensors(
+    step: Path, stored: dict[str, tuple[int, ...]], stages: Sequence[PipelineStage], groups: Groups
+) -> None:
+    """Refuse a checkpoint whose weights are not those of the model, by name and global shape."""
     everyone: list[Any] = [None] * groups.pp.size()
-    dist.all_gather_object(everyone, mine, group=groups.pp)
-    wanted = set().union(*everyone)
-    stored = {key for key in dist_checkpointing.load_tensors_metadata(str(step)) if not key.startswith("optimizer.")}
-    for what, keys in (("has no tensor", wanted - stored), ("has a tensor that the model lacks:", stored - wanted)):
+    dist.all_gather_object(everyone, _global_shapes(stages, groups), group=groups.pp)
+    wanted = {key: shape for shapes in everyone for key, shape in shapes.items()}
+    stored = {key: shape for key, shape in stored.items() if not key.startswith("optimizer.")}
+    missing, extra = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
+    for what, keys in (("has no tensor", missing), ("has a tensor that the model lacks:", extra)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise CheckpointError(f"{step}: {what} {min(keys)!r}{more}. Is it a checkpoint of another [model]?")
+    for key, shape in sorted(wanted.items()):
+        if stored[key] != shape:
+            found, own = list(stored[key]), list(shape)
+            raise CheckpointError(f"{step}: {key!r} is {found}, the model's is {own}. Is it of another [model]?")
+
+
+def _global_shapes(stages: Sequence[PipelineStage], groups: Groups) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for stage in stages:
+        for name, values in stage.weights():
+            for key, part in checkpoint_parts(name, values).items():
+                shape = list(part.shape)
+                if (dim := sharded_dim(values)) is not None:
+                    shape[dim] *= groups.tp.size()
+                if (rows := vocabulary_rows(values)) is not None:
+                    shape[0] = rows
+                shapes[key] = tuple(shape)
+    return shapes

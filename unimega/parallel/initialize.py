@@ -5,14 +5,14 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from unimega.config.model import ModelSpec
 from unimega.parallel.groups import Groups
 from unimega.parallel.parameter import checkpoint_parts, sharded_dim, vocabulary_rows
+from unimega.parallel.pipeline import PipelineStage
 
 
-def initialize_weights(stages: Sequence[nn.Module], spec: ModelSpec, groups: Groups, *, seed: int) -> None:
+def initialize_weights(stages: Sequence[PipelineStage], spec: ModelSpec, groups: Groups, *, seed: int) -> None:
     """Fill all parameters: norms 1, biases 0, matrices normal with the standard deviations of ``spec``.
 
     Every rank draws the global tensor and keeps its part, so any tp, pp and dp start from the same numbers. With
@@ -20,9 +20,7 @@ def initialize_weights(stages: Sequence[nn.Module], spec: ModelSpec, groups: Gro
     """
     with torch.no_grad():
         for stage in stages:
-            for name, values in stage.named_parameters():
-                if name.endswith("weight") and name.startswith("head") and spec.tied:
-                    name = "embedding.weight"
+            for name, values in stage.weights():
                 for key, part in checkpoint_parts(name, values).items():
                     _fill(key, part, values, spec, groups, seed)
 

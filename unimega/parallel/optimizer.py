@@ -18,24 +18,24 @@ from torch import nn
 
 from unimega.config.schema import OptimizerConfig
 from unimega.errors import ConfigError
+from unimega.parallel.pipeline import PipelineStage
 
 
-def freeze(stages: Sequence[nn.Module], patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Leave only parameters that match a pattern trainable. Before DDP wraps the stages.
-
-    Args:
-        names: the parameters of the whole model, to tell a pattern that matches nothing anywhere.
+def check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a pattern that matches none of the model's parameters.
 
     Raises:
-        ConfigError: a pattern matches no parameter.
+        ConfigError: names ``key`` and the pattern.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(
-                f"training.trainable={pattern!r} matches no parameter, e.g. {names[0]!r} or {names[-1]!r}."
-            )
+            raise ConfigError(f"{key}={pattern!r} matches no parameter, e.g. {names[0]!r} or {names[-1]!r}.")
+
+
+def freeze(stages: Sequence[PipelineStage], patterns: Sequence[str]) -> None:
+    """Leave only parameters that match a pattern trainable. Before DDP wraps the stages."""
     for stage in stages:
-        for name, values in stage.named_parameters():
+        for name, values in stage.weights():
             values.requires_grad_(values.requires_grad and any(fnmatchcase(name, p) for p in patterns))
 
 
@@ -99,7 +99,7 @@ def make_optimizer(
     overrides = get_standard_config_overrides(settings)
     for factor in sorted({rate.factor for rate in optimizer.rates}):
         key = ParamKey(
-            with_name_predicate=ParamWithNamePredicate(name=f"rate {factor}", fn=_has_rate(optimizer, factor))
+            with_name_predicate=ParamWithNamePredicate(name=f"rate {factor}", fn=_has_rate(wrapped, optimizer, factor))
         )
         overrides[key] = {"max_lr": optimizer.lr * factor}
     made = get_megatron_optimizer(settings, list(wrapped), config_overrides=overrides, use_gloo_process_groups=False)
@@ -107,11 +107,14 @@ def make_optimizer(
     return made
 
 
-def _has_rate(optimizer: OptimizerConfig, factor: float) -> Callable[[nn.Parameter, str], bool]:
-    """Whether the first of ``rates`` that matches a name (as DDP spells it) has this factor."""
+def _has_rate(
+    wrapped: Sequence[DistributedDataParallel], optimizer: OptimizerConfig, factor: float
+) -> Callable[[nn.Parameter, str], bool]:
+    """Whether the first of ``rates`` that matches a parameter has this factor."""
+    names = {id(values): name for stage in wrapped for name, values in stage.module.weights()}
 
-    def matches(_: nn.Parameter, name: str) -> bool:
-        name = name.removeprefix("module.")
+    def matches(values: nn.Parameter, _: str) -> bool:
+        name = names[id(values)]
         return next((rate.factor for rate in optimizer.rates if fnmatchcase(name, rate.match)), None) == factor
 
     return matches

@@ -39,6 +39,12 @@ class PipelineStage(nn.Module):
         """The tied table on the first and the last stage, None between; megatron-core sums its gradients over both."""
         raise NotImplementedError
 
+    def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by the names of patterns, checkpoints and initial values: a tied head is ``embedding.weight``."""
+        for name, values in self.named_parameters():
+            tied = name == "head.weight" and self.share_embeddings_and_output_weights
+            yield ("embedding.weight" if tied else name), values
+
     def received(self) -> torch.Tensor:
         """The state from the stage before, [rows, D]."""
         assert self._received is not None

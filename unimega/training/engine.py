@@ -13,6 +13,8 @@ from unimega.batch import Microbatch
 from unimega.config.model import ModelSpec
 from unimega.config.rules import layout
 from unimega.config.schema import OptimizerConfig, ParallelConfig
+from unimega.errors import CheckpointError
+from unimega.kernels import registry
 from unimega.layers.context import Build
 from unimega.models.build import build_stages
 from unimega.parallel import checkpoint, groups, initialize, optimizer, pipeline, replicas
@@ -80,7 +82,7 @@ class Engine:
             spec=spec,
             layout=Layout(tp=self.groups.tp, sequence_parallel=self.config.sequence_parallel),
             device=self.backend.device,
-            kernels=kernels or {},
+            kernels=_known(kernels or {}, self.backend.device),
             selective_recompute=recompute == "selective",
         )
         self.stages = build_stages(
@@ -91,14 +93,18 @@ class Engine:
             recompute_blocks=recompute == "full",
             dtype=dtype,
         )
+        for stage in self.stages:
+            stage.to(self.backend.device)
+        self.parameter_names = self._names()
+        optimizer.check_patterns("training.trainable", trainable, self.parameter_names)
+        rates = [rate.match for rate in optimizer_config.rates] if optimizer_config else []
+        optimizer.check_patterns("optimizer.rates.match", rates, self.parameter_names)
         if initial:
+            _check_same_model(initial, spec)
             checkpoint.load_weights(initial, self.stages, self.groups)
         else:
             initialize.initialize_weights(self.stages, spec, self.groups, seed=seed)
-        self.parameter_names = self._names()
-        optimizer.freeze(self.stages, trainable, self.parameter_names)
-        for stage in self.stages:
-            stage.to(self.backend.device)
+        optimizer.freeze(self.stages, trainable)
         self.wrapped: Sequence[Any] = self.stages
         self.overlap = parallel.overlap and optimizer_config is not None
         self._checked = False
@@ -216,6 +222,38 @@ class Engine:
 
     def _names(self) -> list[str]:
         everyone: list[Any] = [None] * self.groups.pp.size()
-        mine = [name for stage in self.stages for name, _ in stage.named_parameters()]
+        mine = [name for stage in self.stages for name, _ in stage.weights()]
         dist.all_gather_object(everyone, mine, group=self.groups.pp)
         return sorted({name for names in everyone for name in names})
+
+
+def _known(kernels: dict[str, str], device: torch.device) -> dict[str, str]:
+    """Refuse, on every rank, an op or implementation that does not exist or cannot run here."""
+    for op, implementation in kernels.items():
+        registry.resolve(op, device=device, impl=implementation)
+    return kernels
+
+
+def _check_same_model(path: str, spec: ModelSpec) -> None:
+    """Compare the description beside the weights: shapes alone do not tell 2 heads of 24 from 4 of 12.
+
+    What may well be changed on purpose (RoPE base, epsilon, initial values) is only logged.
+
+    Raises:
+        CheckpointError: the weights mean something else in this model; names the first field.
+    """
+    stored = checkpoint.read_model(path).get("spec")
+    if stored is None:
+        return
+    theirs, ours = ModelSpec.from_dict(stored).to_dict(), spec.to_dict()
+    for key in ("heads", "kv_heads", "head_width", "qk_norm", "tied", "skip", "layers"):
+        if theirs[key] != ours[key]:
+            found = "other layers" if key == "layers" else f"{key}={theirs[key]}, the run {ours[key]}"
+            raise CheckpointError(f"{path}: the checkpoint's model has {found}. Make [model] agree with it.")
+    for key in ("starts", "rows"):
+        if theirs["vocabulary"][key] != ours["vocabulary"][key]:
+            found = f"{theirs['vocabulary'][key]}, the run has {ours['vocabulary'][key]}"
+            raise CheckpointError(f"{path}: {key} of the checkpoint's vocabulary: {found}. Make [model] agree with it.")
+    for key in ("rope_theta", "norm_eps", "cross_document"):
+        if theirs[key] != ours[key]:
+            logger.warning("%s was trained with %s=%s, this run has %s", path, key, theirs[key], ours[key])
