@@ -75,6 +75,10 @@ IN_FILE = [
         {"checkpoint": {"optimizer": "slow"}},
         "run.toml: 'checkpoint.optimizer' wants one of 'reshardable', 'fast', found 'slow' (str).",
     ),
+    (
+        {"data": {"overlong": "cut"}},
+        "run.toml: 'data.overlong' wants one of 'error', 'drop', found 'cut' (str).",
+    ),
     ({"kernels": {"swiglu": 1}}, "run.toml: 'kernels.swiglu' wants str, found 1 (int)."),
     (
         {"training": {"loss_weights": {"text": "x"}}},

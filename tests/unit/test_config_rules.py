@@ -241,6 +241,18 @@ RULES = [
         'data.train=[] names no corpus. Give at least one table such as { path = "corpus/a" }.',
     ),
     ({}, {"data": {"train": [{"path": "a", "weight": 0}]}}, "data.train[0].weight=0.0 is too small. It is above 0."),
+    (
+        {},
+        {"data": {"evaluation": ["x/held_out", "b", "y/held_out"]}},
+        "data.evaluation: 'x/held_out' and 'y/held_out' are both named 'held_out'. "
+        "The name stands in the metrics; rename one.",
+    ),
+    (
+        {"init_vision": "text"},
+        {"checkpoint": {"initial": "old"}},
+        "model.init_vision='text' has no effect with checkpoint.initial='old': all weights come from there. "
+        "Remove one of the two.",
+    ),
     ({}, {"data": {"t2i_ratio": 1.5}}, "data.t2i_ratio=1.5 is out of range. It is a share between 0 and 1."),
     (
         {},

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import PurePath
 
 from unimega.config import model_rules, presets
 from unimega.config.layer import LayerSpec
@@ -261,6 +262,26 @@ def _sources(config: RunConfig) -> None:
             raise ConfigError(f"data.train[{i}].weight={source.weight} is too small. It is above 0.")
 
 
+def _evaluation(config: RunConfig) -> None:
+    seen: dict[str, str] = {}
+    for path in config.data.evaluation:
+        name = PurePath(path).name
+        if name in seen:
+            raise ConfigError(
+                f"data.evaluation: '{seen[name]}' and '{path}' are both named '{name}'. "
+                "The name stands in the metrics; rename one."
+            )
+        seen[name] = path
+
+
+def _initial(config: RunConfig) -> None:
+    if config.checkpoint.initial and config.model.init_vision != "random":
+        raise ConfigError(
+            f"model.init_vision={config.model.init_vision!r} has no effect with checkpoint.initial="
+            f"{config.checkpoint.initial!r}: all weights come from there. Remove one of the two."
+        )
+
+
 def _ratios(config: RunConfig) -> None:
     for name in ("t2i_ratio", "unconditional_ratio"):
         if not 0 <= (value := getattr(config.data, name)) <= 1:
@@ -298,6 +319,8 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     _trainable,
     _schedule,
     _sources,
+    _evaluation,
+    _initial,
     _ratios,
     _window,
     _loss_weights,

@@ -103,11 +103,13 @@ class DataConfig:
     train: tuple[Source, ...]
     """The mixture: a list of tables with path, weight and direction."""
     evaluation: tuple[str, ...] = ()
-    """Prefixes of held-out corpora."""
+    """Prefixes of held-out corpora. A name in the metrics is the last part of the path: no two are equal."""
     tokenizer: str = ""
     """Tokenizer folder. Absent: the one that is recorded beside the corpus."""
     pack_length: int
     """Tokens of a pack; a pack holds whole documents."""
+    overlong: Literal["error", "drop"] = "error"
+    """What becomes of a document longer than a pack: the run ends before it starts, or the document is left out."""
     t2i_ratio: float = 0.5
     """Share of pairs that become text-to-image where the direction is free, 0 to 1."""
     unconditional_ratio: float = 0.1
@@ -195,15 +197,15 @@ class TrainingConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Parameters and activations; main gradients and master weights are fp32 in both."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward: none, attention only, whole layers."""
+    """Activations computed again in the backward: none, attention and SwiGLU (selective), whole layers."""
     loss_weights: dict[str, float] = field(default_factory=dict)
-    """Weight of a token's loss by the modality of the input token. Absent: 1."""
+    """Weight of a token's loss by the modality of the input token. Absent: 1. At 0 loss_MODALITY is null."""
     trainable: tuple[str, ...] = ("*",)
     """Patterns of the names of parameters that are trained; the others are frozen."""
     seed: int = 1
     """Seed of the initial weights."""
     evaluate_every_steps: int = 500
-    """Steps between evaluations; 0: none."""
+    """Steps between evaluations, with one after the last step; 0: none at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,15 +215,15 @@ class CheckpointConfig:
     directory: str
     """Folder of the step folders."""
     every_steps: int = 500
-    """Steps between checkpoints; 0: only by time and at the end."""
+    """Steps between checkpoints, with one after the last step; 0: only that one."""
     every_minutes: float = 0.0
-    """Minutes between checkpoints; 0: only by steps."""
+    """Minutes between checkpoints; 0: only by steps. Not built yet: stays 0."""
     keep: int = 3
     """How many of the latest checkpoints are kept."""
     optimizer: Literal["reshardable", "fast"] = "reshardable"
-    """Optimizer state that loads under any topology, or faster under the same one only."""
+    """Optimizer state that loads under any topology, or faster under the same one only. No state is saved yet."""
     initial: str = ""
-    """A checkpoint whose weights start the run. Absent: random weights."""
+    """A checkpoint whose weights start the run; model.init_vision is random then. Absent: random weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,11 +231,11 @@ class LoggingConfig:
     """Where the metrics go."""
 
     directory: str
-    """Folder of metrics.jsonl and of the TensorBoard files."""
+    """Folder of metrics.jsonl; one that holds records already is refused."""
     every_steps: int = 10
     """Steps between records."""
     wandb: bool = False
-    """Also send the metrics to Weights and Biases."""
+    """Also send the metrics to Weights and Biases. Not built yet: stays false."""
 
 
 @dataclass(frozen=True, kw_only=True)
