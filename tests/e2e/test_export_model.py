@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tests import exports, oracle
-from tests.distributed.harness import run_dist
 from tests.exports import SPECS, STOCK, load, packed
 
 pytestmark = pytest.mark.timeout(240)
@@ -17,35 +16,6 @@ LOGITS, GRADIENTS = 3e-5, 3e-5
 """Absolute, fp32: what the original and a second implementation of it meet (README of the oracles)."""
 SPLIT_CASES = ("unix_x", "unix_mot")
 """One oracle whose cache needs modalities, one that does not."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Exports of everything; transformers keeps the code it runs under this folder too."""
-    import transformers.dynamic_module_utils
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    torch.set_num_threads(1)
-    place = tmp_path_factory.mktemp("exports")
-    ALL_ATTENTION_FUNCTIONS.register("flash_on_cpu", exports.flash_on_cpu)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(place / "modules"))
-        yield place
-
-
-@pytest.fixture(scope="module")
-def engine_logits(folder: Path) -> dict[str, np.ndarray]:
-    from unimega.hf.export import export_checkpoint
-
-    logits = run_dist(exports.make_checkpoints, world=1, args=(str(folder / "checkpoints"),))[0]
-    for name in (*SPECS, *oracle.UNIX, *oracle.DENSE):
-        export_checkpoint(folder / "checkpoints" / name, folder / "out" / name)
-    return logits
-
-
-@pytest.fixture(scope="module")
-def out(folder: Path, engine_logits: Any) -> Path:
-    return folder / "out"
 
 
 def assert_close(got: torch.Tensor, want: Any, tolerance: float, what: str) -> None:

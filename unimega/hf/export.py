@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 import unimega
 from unimega import log
 from unimega.config.model import ModelSpec
-from unimega.data.corpus import Corpus, Source
-from unimega.data.tokenize import TextTokenizer
-from unimega.errors import CheckpointError, ConfigError, DataError
+from unimega.data.reader import IndexedCorpus
+from unimega.data.tokenize import SpecialIds, TextTokenizer
+from unimega.errors import CheckpointError, DataError
 from unimega.hf import export_config
 from unimega.hf.export_config import CODE_FILE, Target
 from unimega.hf.names import Row, Table, table
@@ -83,8 +83,8 @@ def export_checkpoint(
     if "spec" not in stored:
         raise CheckpointError(f"{step}: describes no model. The checkpoint is of another version of unimega.")
     spec = ModelSpec.from_dict(stored["spec"])
-    folder = tokenizer or _tokenizer_of_run(step, stored)
-    special = TextTokenizer(folder).special if folder else None
+    folder, special = (tokenizer, None) if tokenizer else _tokenizer_of_run(step, stored)
+    special = TextTokenizer(folder).special if folder else special
     kind = DTYPES[dtype] if dtype else weights.dtypes.get("embedding.weight", torch.float32)
     spelled = str(kind).removeprefix("torch.")
     wanted = export_config.describe(spec, format=format, dtype=spelled, stored=stored, special=special)
@@ -135,23 +135,29 @@ def _check_target(target: Path, *, overwrite: bool) -> Path:
     return partial
 
 
-def _tokenizer_of_run(step: Path, stored: dict[str, Any]) -> Path | None:
-    """The tokenizer's folder as the checkpoint, its run or the run's corpus names it, if it is still there."""
+def _tokenizer_of_run(step: Path, stored: dict[str, Any]) -> tuple[Path | None, SpecialIds | None]:
+    """The tokenizer's folder as the checkpoint, its run or the run's corpora name it, if it is still there.
+
+    The special ids are known from a corpus also where the folder is gone.
+    """
     run: dict[str, Any] = {}
     if (step.parent / RUN_FILE).is_file():
         run = json.loads((step.parent / RUN_FILE).read_text())
     data = run.get("data", {})
     for named in (stored.get("tokenizer"), data.get("tokenizer")):
         if named and (Path(named) / "tokenizer.json").is_file():
-            return Path(named)
+            return Path(named), None
     for source in data.get("train", ()):
         try:
-            folder = Corpus(Source(path=source["path"])).tokenizer_folder
-        except (ConfigError, DataError):
+            corpus = IndexedCorpus(source["path"])
+        except DataError:
             continue  # moved or removed since the training: an export does not need it
-        if folder is not None:
-            return folder
-    return None
+        if corpus.sidecar:
+            said = corpus.sidecar["tokenizer"]
+            folder = corpus.sidecar_path.parent / said.get("path", "")
+            special = SpecialIds.from_sidecar(said["special"])
+            return (folder if (folder / "tokenizer.json").is_file() else None), special
+    return None, None
 
 
 def _begin(partial: Path, step: Path, stored: dict[str, Any]) -> None:

@@ -140,7 +140,6 @@ def _common(spec: ModelSpec, dtype: str) -> Fields:
         "hidden_act": "silu",
         "rms_norm_eps": spec.norm_eps,
         "rope_theta": spec.rope_theta,
-        "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
         "tie_word_embeddings": spec.tied,
         "attention_dropout": 0.0,

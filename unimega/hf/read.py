@@ -23,6 +23,7 @@ _FAMILIES = {
     "UniQwen3ForCausalLMInference": "x",
     "HardMoeQwen3CausalLM": "moe",
     "MoTQwen3ForCausalLM": "mot",
+    "UniXForCausalLM": "uni_x",
 }
 
 
@@ -52,12 +53,19 @@ def describe(config: Mapping[str, Any], *, folder: Path, separator_ids: Sequence
     where = str(folder / "config.json")
     architecture = _architecture(config, where=where)
     family = _FAMILIES[architecture]
-    keys = hf_config.model_keys(config, where=where)
+    if family in ("qwen", "uni_x") and separator_ids is not None:
+        what = "has no vision tokens" if family == "qwen" else "says which ids are vision"
+        raise CheckpointError(f"--separator-ids: {architecture} {what}. Leave the option out.")
+    keys = hf_config.model_keys(config, where=where) if family != "uni_x" else _chosen(config, where=where)
     layout = Layout(family="qwen")
     if family == "qwen":
-        if separator_ids is not None:
-            raise CheckpointError(f"--separator-ids: {architecture} has no vision tokens. Leave the option out.")
-        keys |= {"preset": "dense", "codebook": 0}
+        keys |= {"preset": "dense"} | _codes(config, where=where)
+    elif family == "uni_x":
+        family = config["variant"]
+        keys |= _codes(config, where=where) | _VARIANTS[family](config, where=where)
+        if family == "mot":
+            keys |= _vision_output(config["vision_o_proj"])
+        layout = Layout(family=config["variant"], encode=keys.get("encode_layers", 0))
     else:
         keys |= _vocabulary(config, where=where)
         keys["vision_ids"] = _vision_ids(config, keys, folder=folder, where=where, separator_ids=separator_ids)
@@ -74,6 +82,28 @@ def _architecture(config: Mapping[str, Any], *, where: str) -> str:
     if not isinstance(name, str) or name not in _FAMILIES:
         raise CheckpointError(f"{where}: architectures={names!r} is not known. Known: {', '.join(_FAMILIES)}.")
     return name
+
+
+def _chosen(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Sizes of an export with our modelling file, and what a Qwen3 leaves no choice in."""
+    missing = [name for name in ("variant", "qk_norm", "qkv_bias", "o_bias") if name not in config]
+    if missing or config["variant"] not in _VARIANTS:
+        what = f"{missing[0]!r} is missing" if missing else f"variant={config['variant']!r} is unknown"
+        raise CheckpointError(f"{where}: {what}. Is it a config.json of export_hf.py?")
+    keys = hf_config.model_keys({**config, "model_type": "qwen3"}, where=where)
+    return keys | {"qk_norm": config["qk_norm"], "qkv_bias": config["qkv_bias"], "output_bias": config["o_bias"]}
+
+
+def _codes(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """The vocabulary that export_hf.py notes; a folder from elsewhere has text alone."""
+    if not config.get("vision_vocab_size"):
+        return {"codebook": 0}
+    return _vocabulary(config, where=where) | {"vision_ids": tuple(config.get("vision_token_ids") or ())}
+
+
+def _vision_output(kind: str) -> dict[str, Any]:
+    """mot: what becomes of the attention output of vision tokens."""
+    return {"output_projection": "split" if kind == "used" else "shared", "unused_output": kind == "unused"}
 
 
 def _vocabulary(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:

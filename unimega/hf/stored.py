@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from unimega.errors import CheckpointError
@@ -26,7 +27,7 @@ class StoredWeights:
         self._step = step
         try:
             entries = dcp.FileSystemReader(step).read_metadata().state_dict_metadata
-        except Exception as error:  # a pickle: whatever its bytes make it raise
+        except (Exception, CheckpointException) as error:  # a pickle: whatever its bytes make it raise
             raise CheckpointError(
                 f"{step}: its metadata cannot be read ({_words(error)}). Take another step."
             ) from error
@@ -49,7 +50,7 @@ class StoredWeights:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that there is no process group: there is none on purpose
                 dcp.load(tensors, storage_reader=dcp.FileSystemReader(self._step), no_dist=True)
-        except Exception as error:  # torch wraps whatever reading raised
+        except (Exception, CheckpointException) as error:  # whatever reading raised; torch wraps it
             raise CheckpointError(f"{self._step}: cannot be read ({_words(error)}). Take another step.") from error
         return tensors
 
@@ -65,7 +66,7 @@ def open_step(path: Path) -> tuple[Path, StoredWeights]:
 
 
 def _words(error: BaseException) -> str:
-    """The innermost cause, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """The cause, on one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
