@@ -142,7 +142,7 @@ def row_linear(
 
     Args:
         inputs: [rows of the product, f] per product.
-        total: T; rows that no product covers are zero.
+        total: T; every row is covered by a product (``LayerSpec`` gives each modality an FFN).
 
     Returns:
         [T / tp, D] under sequence parallelism, else [T, D]. Forward: one reduce-scatter or all-reduce of T*D*itemsize
@@ -254,23 +254,21 @@ def _accumulate(
     total: int,
     like: torch.Tensor,
 ) -> torch.Tensor:
-    """``sum of y @ W`` over products into one [total, D] buffer; the first product that covers all rows starts it."""
+    """``sum of y @ W`` over products into one [total, D] buffer.
+
+    Products of all rows come first, the others add to them; without one, the others tile the rows (``LayerSpec``).
+    """
     out = like.new_empty(total, weights[0].shape[1])
     at = 0
-    jobs: list[tuple[torch.Tensor, Spans, Sequence[torch.Tensor]]] = []
+    jobs: list[tuple[int, int, torch.Tensor, Spans, Sequence[torch.Tensor]]] = []
     for y, spans in zip(ys, all_spans, strict=True):
-        jobs.append((y, spans, weights[at : at + len(spans)]))
+        jobs.append((spans[0][0], spans[-1][1], y, spans, weights[at : at + len(spans)]))
         at += len(spans)
-    jobs.sort(key=lambda job: job[1][0][0] - job[1][-1][1])  # widest first
-    covered: list[tuple[int, int]] = []
-    if sum(spans[-1][1] - spans[0][0] for _, spans, _ in jobs) < total or not jobs:
-        out.zero_()
-        covered.append((0, total))
-    for y, spans, mine in jobs:
-        start, stop = spans[0][0], spans[-1][1]
-        seen = any(a <= start and stop <= b for a, b in covered)
-        gemms.grad_input(y, _shifted(spans), mine, out=out[start:stop], accumulate=seen)
-        covered.append((start, stop))
+    jobs.sort(key=lambda job: job[1] - job[0] < total)
+    filled = 0
+    for start, stop, y, spans, mine in jobs:
+        gemms.grad_input(y, _shifted(spans), mine, out=out[start:stop], accumulate=filled >= total)
+        filled += stop - start
     return out
 
 
