@@ -1,5 +1,7 @@
 """Nothing in forward or backward makes the host wait for the device: every preset, layout, make-up of a micro-batch."""
 
+from typing import Any
+
 import pytest
 
 from tests.distributed.harness import run_dist
@@ -49,25 +51,35 @@ def test_no_host_sync(layout: str) -> None:
         assert not found
 
 
-def planted() -> str:
-    """On a rank: an engine whose norm reads a number back."""
+def planted(recompute: str, place: str) -> list[str]:
+    """On a rank: what may be planted in the first norm of an engine without being seen."""
     from tests.sync_guard import HostSync, forbid_syncs
+    from tests.unit.test_sync_guard import SYNCS, PlantInBackward, in_forward
     from unimega import backend
     from unimega.layers.norm import Norm
     from unimega.training.engine import Engine
 
-    engine = Engine(PRESETS["unix"], ParallelConfig(overlap=False), optimizer_config=OptimizerConfig())
-    original = Norm.forward
-    Norm.forward = lambda self, x, counts: original(self, x * float(x.sum() != 0), counts)
-    try:
-        with forbid_syncs():
-            engine.forward_backward([backend.to_device(microbatch(PRESETS["unix"], "mixed", 1))])
-    except HostSync as sync:
-        return str(sync)
-    finally:
-        Norm.forward = original
-    return ""
+    plant = {"forward": in_forward, "backward": PlantInBackward.apply}[place]
+    missed = []
+    for name, sync in SYNCS.items():
+        parallel = ParallelConfig(overlap=False)
+        engine = Engine(PRESETS["unix"], parallel, optimizer_config=OptimizerConfig(), recompute=recompute)
+        batch = backend.to_device(microbatch(PRESETS["unix"], "mixed", 1))
+        norm: Any = next(module for module in engine.stages[0].modules() if isinstance(module, Norm))
+        norm.forward = lambda x, counts, of=norm.forward, sync=sync: of(plant(x, sync), counts)
+        try:
+            with forbid_syncs():
+                engine.forward_backward([batch])
+            missed.append(name)
+        except HostSync:
+            pass
+        finally:
+            engine.close()
+    return missed
 
 
-def test_the_guard_sees_a_planted_sync() -> None:
-    assert "wait" in run_dist(planted, world=1)[0]
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_the_guard_sees_what_is_planted(recompute: str, place: str) -> None:
+    """A forward that is recomputed waits the second time only."""
+    assert run_dist(planted, world=1, args=(recompute, place)) == [[]]
