@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,7 @@ def test_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "line"),
     [
-        ({"labels": [[1]]}, "'input_ids' is missing, found labels"),
+        ({"labels": [[1]]}, "'input_ids' is missing, found 'labels'"),
         ({"input_ids": [1, 2]}, r"'input_ids' has shape \[2\]. It must be \[B, T\]"),
         ({"input_ids": [[1.5]]}, "'input_ids' has dtype float64"),
         ({"input_ids": [[1, 2]], "labels": [[1]]}, r"'labels' has shape \[1, 1\], 'input_ids' \[1, 2\]"),
@@ -333,3 +334,33 @@ def test_inputs_that_are_no_npz(tmp_path: Path) -> None:
     for name in ("in.npz", "nothing.npz"):
         with pytest.raises(UnimegaError, match="cannot be read as an npz"):
             read_inputs(tmp_path / name)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_npz_takes_one_line(tmp_path: Path, save: Any) -> None:
+    path = tmp_path / "in.npz"
+    save(path, input_ids=np.arange(12).reshape(2, 6), labels=np.arange(12).reshape(2, 6))
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = [whole[:length] for length in range(0, len(whole), 9)]
+    for place in rng.integers(len(whole), size=400).tolist():
+        mask = int(rng.integers(1, 256))
+        damaged.append(whole[:place] + bytes([whole[place] ^ mask]) + whole[place + 1 :])
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            read_inputs(path)  # the zip has bytes that mean nothing
+        except DataError as error:
+            assert str(error).startswith(f"{path}: ") and len(str(error).splitlines()) == 1
+            refused += 1
+    assert refused > len(damaged) // 2
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_a_member_that_is_no_array(tmp_path: Path, name: str) -> None:
+    np.savez(tmp_path / "in.npz", **({} if name == "input_ids" else {"input_ids": [[1, 2]]}))
+    with zipfile.ZipFile(tmp_path / "in.npz", "a") as file:
+        file.writestr(name, "hello")
+    with pytest.raises(DataError, match=rf"{name!r} has (shape|dtype)"):
+        read_inputs(tmp_path / "in.npz")

@@ -1,6 +1,5 @@
 """Rows of ids in Hugging Face's conventions, and their way into micro-batches. numpy only."""
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,14 +38,10 @@ def read_inputs(path: Path) -> Inputs:
     Raises:
         DataError: the file cannot be read, or an array is missing, of another shape or not of integers.
     """
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in ("input_ids", "segment_ids", "labels") if name in file}
-            names = list(file)
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError, TypeError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read as an npz ({error}). Write it with numpy.savez.") from error
+    arrays, names = _arrays(path, ("input_ids", "segment_ids", "labels"))
     if "input_ids" not in arrays:
-        raise DataError(f"{path}: 'input_ids' is missing, found {', '.join(names) or 'nothing'}. It holds ids, [B, T].")
+        found = ", ".join(map(repr, names)) or "nothing"
+        raise DataError(f"{path}: 'input_ids' is missing, found {found}. It holds ids, [B, T].")
     ids = arrays["input_ids"]
     if ids.ndim != 2 or not ids.size:
         raise DataError(f"{path}: 'input_ids' has shape {list(ids.shape)}. It must be [B, T], rows of at least one id.")
@@ -66,6 +61,17 @@ def read_inputs(path: Path) -> Inputs:
         targets[:, :-1] = arrays["labels"][:, 1:]
         targets[documents == 0] = IGNORED
     return Inputs(ids=np.where(documents == 0, 0, ids).astype(np.int64), documents=documents, targets=targets)
+
+
+def _arrays(path: Path, wanted: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Those of the wanted arrays that an npz holds, and the names of all it holds."""
+    try:
+        with path.open("rb") as stream, np.load(stream) as file:
+            # A member that is no npy comes as bytes.
+            return {name: np.asarray(file[name]) for name in wanted if name in file}, list(file)
+    except Exception as error:  # a damaged one lets numpy, zipfile and zlib raise nearly anything
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{path}: cannot be read as an npz ({why}). Write it with numpy.savez.") from error
 
 
 def check_ids(inputs: Inputs, *, rows: int, where: Path) -> None:
