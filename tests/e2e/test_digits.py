@@ -100,6 +100,17 @@ def test_a_checkpoint_starts_another_run_on_another_layout(corpus: Path, tmp_pat
     assert refused.count("unimega: checkpoint.directory=") == 1
 
 
+def test_an_error_in_the_middle_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    """Also a modality of weight 0, and vision ids from the tokenizer."""
+    few = ("--training.steps", "20", "--training.evaluate_every_steps", "0", "--model.vision_ids", "none")
+    few += ("--training.loss_weights", '{"text": 0}', "--optimizer.warmup_steps", "0", "--optimizer.min_lr", "0")
+    told = run(corpus, tmp_path, *few, "--optimizer.lr", "1e30", expect=1)
+    assert told.count("unimega: step ") == 1 and "Lower optimizer.lr." in told
+    assert metrics(tmp_path)[1]["loss_text"] is None and metrics(tmp_path)[1]["loss_vision"] > 3
+    stored = json.loads((tmp_path / "checkpoints" / "run.json").read_text())
+    assert stored["model"]["vision_ids"] == [21]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("layout", ["dp 2", "tp 2"])

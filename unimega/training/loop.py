@@ -1,12 +1,13 @@
 """A run from its configuration to its last checkpoint."""
 
 import datetime
+import errno
 import json
 import math
 import os
 import shutil
-import time
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from unimega.errors import ConfigError, UnimegaError
 from unimega.parallel.checkpoint import LATEST_FILE, read_model
 from unimega.training.engine import DTYPES, Engine, StepResult
 from unimega.training.flops import step_flops
-from unimega.training.metrics import Metrics
+from unimega.training.metrics import FILE, Clock, Metrics
 from unimega.training.schedule import learning_rate
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -36,15 +37,15 @@ def train(config: RunConfig) -> None:
     """Train as ``config`` says, on the ranks that torchrun started. Collective over the world.
 
     Raises:
-        UnimegaError: one line; among others when a checkpoint of another run is in the way, a corpus does not fit the
-            model, replicas differ after the first step, or the loss is no number.
+        UnimegaError: one line; among others when another run's files are in the way, a corpus does not fit the model,
+            replicas differ after the first step, or the loss is no number. The process group is left to the exit then.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     log.setup(rank=rank, world=world)
-    _refuse_overwriting(config)
-    vocabulary = presets.vocabulary(config.model, vision_ids=vision_ids([source.path for source in config.data.train]))
-    plan = DataPlan(_sources(config.data), vocabulary, _recipe(config.data))
-    spec = presets.model_spec(config.model, vision_ids=vocabulary.ids[-1])
+    _prepare_folders(config)
+    config = resolved(config)
+    plan, evaluations = plans(config)
+    spec = presets.model_spec(config.model)
     backend.current().init_process_group(timeout=COLLECTIVE_TIMEOUT)
     engine = Engine(
         spec,
@@ -57,18 +58,16 @@ def train(config: RunConfig) -> None:
         seed=config.training.seed,
         initial=config.checkpoint.initial,
     )
-    try:
-        Run(config, engine, plan).train()
-    finally:
-        engine.close()
-        dist.destroy_process_group()
+    Run(config, engine, plan, evaluations).train()
+    engine.close()  # after an error this would wait for ranks that are gone, and hide the error
+    dist.destroy_process_group()
 
 
 class Run:
     """The state of one training: engine, data, clock."""
 
-    def __init__(self, config: RunConfig, engine: Engine, plan: DataPlan) -> None:
-        self.config, self.engine, self.plan = config, engine, plan
+    def __init__(self, config: RunConfig, engine: Engine, plan: DataPlan, evaluations: Mapping[str, DataPlan]) -> None:
+        self.config, self.engine, self.plan, self.evaluations = config, engine, plan, evaluations
         self.is_main = dist.get_rank() == 0
         groups, training = engine.groups, config.training
         self.place = Place(
@@ -83,12 +82,6 @@ class Run:
         )
         names = engine.spec.modalities
         self.loss_weights = tuple(training.loss_weights.get(name, 1.0) for name in names)
-        self.evaluations = {
-            Path(path).name: DataPlan(
-                [Source(path=path)], engine.spec.vocabulary, _recipe(config.data), evaluation=True
-            )
-            for path in config.data.evaluation
-        }
         dtype = DTYPES[training.precision]
         device = engine.backend
         self.peak_flops = (device.peak_flops(dtype) or device.measured_gemm_flops(dtype)) * dist.get_world_size()
@@ -103,8 +96,7 @@ class Run:
         config, steps = self.config, self.config.training.steps
         self._describe()
         loader = Loader(self.plan, self.place, self.loss_weights, last_step=steps)
-        started = last = time.perf_counter()
-        last_step = 0
+        clock = Clock()
         try:
             for batch in loader:
                 lr = learning_rate(batch.step, steps, config.optimizer)
@@ -114,18 +106,18 @@ class Run:
                     packs = f"{batch.step * self.place.global_batch_packs} and following"
                     raise UnimegaError(f"step {step}: the loss is {result.loss} (packs {packs}). Lower optimizer.lr.")
                 if step % config.logging.every_steps == 0 or step == steps:
-                    now = time.perf_counter()
-                    self._log(step, batch, result, lr, (now - last) / (step - last_step), started)
-                    last, last_step = time.perf_counter(), step
-                if self._is_due(step, config.training.evaluate_every_steps) and self.evaluations:
-                    self._evaluate(step)
-                if self._is_due(step, config.checkpoint.every_steps):
-                    self._save(step)
+                    self._log(step, batch, result, lr, clock)
+                with clock.paused():
+                    if self.evaluations and self._is_due(step, config.training.evaluate_every_steps):
+                        self._evaluate(step)
+                    if self._is_due(step, config.checkpoint.every_steps):
+                        self._save(step)
         finally:
             loader.close()
             self.metrics.close()
 
     def _is_due(self, step: int, every: int) -> bool:
+        """Every so many steps (0: never) and after the last one."""
         return step == self.config.training.steps or (every > 0 and step % every == 0)
 
     def _describe(self) -> None:
@@ -143,17 +135,16 @@ class Run:
             self.peak_flops / 1e9,
         )
         if self.is_main:
-            directory = Path(self.config.checkpoint.directory)
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / RUN_FILE).write_text(json.dumps(config_loader.dump(self.config), indent=1))
+            file = Path(self.config.checkpoint.directory) / RUN_FILE
+            file.write_text(json.dumps(config_loader.dump(self.config), indent=1))
 
-    def _log(self, step: int, batch: StepBatch, result: StepResult, lr: float, seconds: float, started: float) -> None:
-        """One record; ``seconds`` is the mean time of a step since the last one."""
+    def _log(self, step: int, batch: StepBatch, result: StepResult, lr: float, clock: Clock) -> None:
+        """One record; rates are means since the last one."""
+        seconds = clock.lap(step)
         tokens = self.place.global_batch_packs * self.config.data.pack_length
         flops = step_flops(self.engine.spec, batch.microbatches) * self.place.dp
         record: dict[str, Any] = {"step": step, "loss": result.loss}
-        for name, total, count in zip(self.engine.spec.modalities, result.sums, batch.targets, strict=True):
-            record[f"loss_{name}"] = total / count if count else None
+        record |= modality_losses(self.engine.spec.modalities, result.sums, batch.targets, self.loss_weights)
         record |= {
             "grad_norm": result.grad_norm,
             "lr": lr,
@@ -163,7 +154,6 @@ class Run:
         }
         self.metrics.write(record)
         steps = self.config.training.steps
-        left = (time.perf_counter() - started) / step * (steps - step)
         if step % max(self.config.logging.every_steps, steps // 100) == 0 or step <= 3 or step == steps:
             parts = [
                 f"{key} {record[f'loss_{key}']:.4f}" for key in self.engine.spec.modalities if record[f"loss_{key}"]
@@ -178,7 +168,7 @@ class Run:
                 lr,
                 record["tokens_per_s"],
                 100 * record["mfu"],
-                datetime.timedelta(seconds=round(left)),
+                datetime.timedelta(seconds=round(clock.left(step, steps))),
             )
 
     def _evaluate(self, step: int) -> None:
@@ -208,27 +198,52 @@ class Run:
                 shutil.rmtree(old)
 
 
-def _refuse_overwriting(config: RunConfig) -> None:
-    directory = Path(config.checkpoint.directory)
-    if (directory / LATEST_FILE).exists():
-        raise ConfigError(
-            f"checkpoint.directory={str(directory)!r} holds a checkpoint, and resuming is not built yet. "
-            "Name another directory, or remove this one."
-        )
+def modality_losses(
+    names: Sequence[str], sums: Sequence[float], targets: Sequence[int], weights: Sequence[float]
+) -> dict[str, float | None]:
+    """Mean cross-entropy per modality; None where no loss was computed: no target in the batch, or its weight is 0."""
+    rows = zip(names, sums, targets, weights, strict=True)
+    return {f"loss_{name}": total / count if count and weight else None for name, total, count, weight in rows}
 
 
-def _sources(data: DataConfig) -> list[Source]:
-    return [Source(**asdict(source)) for source in data.train]
+def _prepare_folders(config: RunConfig) -> None:
+    """Refuse folders that an earlier run filled and make the others, on all ranks: nodes may not share a disk."""
+    for key, directory, name in (
+        ("checkpoint.directory", config.checkpoint.directory, LATEST_FILE),
+        ("logging.directory", config.logging.directory, FILE),
+    ):
+        folder = Path(directory)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            filled = (folder / name).exists() and (folder / name).stat().st_size > 0
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise ConfigError(
+                f"{key}={directory!r} is no folder that can be written ({error.strerror}). Name another one."
+            ) from error
+        if filled:
+            raise ConfigError(
+                f"{key}={directory!r} holds {name} of an earlier run, and resuming is not built yet. "
+                "Name another directory, or remove this one."
+            )
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """The run with what its corpora say of the model: all that is stored is complete."""
+    if config.model.vision_ids is not None:
+        return config
+    ids = vision_ids([source.path for source in config.data.train]) if config.model.codebook else ()
+    return replace(config, model=replace(config.model, vision_ids=ids))
+
+
+def plans(config: RunConfig) -> tuple[DataPlan, dict[str, DataPlan]]:
+    """What is trained on, and the held-out corpora by name if the run evaluates."""
+    vocabulary, recipe = presets.vocabulary(config.model), _recipe(config.data)
+    plan = DataPlan([Source(**asdict(source)) for source in config.data.train], vocabulary, recipe)
+    paths = config.data.evaluation if config.training.evaluate_every_steps else ()
+    return plan, {Path(path).name: DataPlan([Source(path=path)], vocabulary, recipe, evaluation=True) for path in paths}
 
 
 def _recipe(data: DataConfig) -> Recipe:
-    return Recipe(
-        pack_length=data.pack_length,
-        t2i_ratio=data.t2i_ratio,
-        unconditional_ratio=data.unconditional_ratio,
-        mask_instructions=data.mask_instructions,
-        templates=data.templates,
-        tokenizer=data.tokenizer,
-        window_tokens=data.window_tokens,
-        seed=data.seed,
-    )
+    return Recipe(**{field.name: getattr(data, field.name) for field in fields(Recipe)})
