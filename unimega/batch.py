@@ -3,7 +3,7 @@
 A micro-batch is one flat run of T tokens: packs of whole documents, pads at their ends. Its rows occur in three orders:
 
 - input order: as the collator laid the tokens down, pack after pack;
-- modality order: text (its last rows are the pads), then vision, then the next; stable inside each. Tokens live in
+- modality order: text (its last rows are the pads), then vision, then the next, by documents in each. Tokens live in
   it from the embedding to the loss, so a linear split by modality is M plain GEMMs on contiguous slices;
 - document order: documents whole and one after another (input order, if no document is interrupted). Only attention
   over documents sees it, and gathers it in a pass it makes anyway.
@@ -143,8 +143,9 @@ def make_microbatch(
     pack = np.arange(total) // pack_length
     group = _groups(np.where(is_pad, 0, 1 if cross_document else document), pack)
 
-    key = np.where(is_pad, 1, modality.astype(np.int64) * 2)
-    permutation = np.argsort(key, kind="stable").astype(np.int32)
+    by_document = np.argsort(group, kind="stable").astype(np.int32)
+    key = np.where(is_pad, 1, modality * 2).astype(np.uint8)  # a stable sort of bytes is a radix sort
+    permutation = by_document[np.argsort(key[by_document], kind="stable")]
     inverse = _inverse(permutation)
     counts = np.bincount(modality, minlength=modalities)
     edges = np.concatenate(([0], np.cumsum(counts)))
@@ -152,7 +153,6 @@ def make_microbatch(
     low, high = (tp_rank * part, (tp_rank + 1) * part) if sequence_parallel else (0, total)
     local = np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, None)
 
-    by_document = np.argsort(group, kind="stable").astype(np.int32)
     positions = np.empty(total, dtype=np.int32)
     lengths = np.bincount(group)
     starts = np.cumsum(lengths) - lengths
@@ -161,7 +161,7 @@ def make_microbatch(
         positions = (np.arange(total) % pack_length).astype(np.int32)
 
     to_documents = inverse[by_document]
-    own_group = group[permutation] + key[permutation] * (int(group.max(initial=0)) + 1)
+    own_group = group[permutation] + key[permutation].astype(np.int64) * (int(group.max(initial=0)) + 1)
     weights = loss_weights[permutation].astype(np.float32)
     rows = np.flatnonzero(weights)
     order = TokenOrder(

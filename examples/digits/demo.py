@@ -28,7 +28,7 @@ from unimega.errors import UnimegaError, run_cli
 
 ROOT = corpus.ROOT
 TEMPLATE = Path(__file__).with_name("pretrain.toml")
-STEPS = 1500
+STEPS, WARMUP = 1500, 75
 WINDOW = 50  # every figure is a mean of this many steps
 SLOW_SECONDS = 360
 
@@ -89,6 +89,8 @@ def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
 
 def table(points: Sequence[Point]) -> str:
     """The curve as text, * where it leaves the measured range."""
+    if not points:
+        return f"The measured curve begins at step {min(MEASURED)}: nothing to compare with."
     lines = ["  step   loss_vision  measured     loss_text  measured"]
     for point in points:
         vision, text = ("  " if inside else " *" for inside in (point.vision_in_range, point.text_in_range))
@@ -118,7 +120,8 @@ def train(output: Path, *, steps: int, ranks: int, overrides: Sequence[str]) -> 
     if done.is_file() and (found := json.loads(done.read_text()))["settings"] == settings:
         print(f"train: {steps} steps, kept")
         return dict(found)
-    arguments = ["--config", str(config), "--training.steps", str(steps), *overrides]
+    arguments = ["--config", str(config), "--training.steps", str(steps)]
+    arguments += ["--optimizer.warmup_steps", str(min(WARMUP, steps)), *overrides]
     _check(arguments, ranks)
     done.unlink(missing_ok=True)
     for folder in (logs, output / "checkpoints"):

@@ -84,7 +84,7 @@ NOISE = (
     ("Apex is not installed", r"megatron\."),
     ("full scope is deprecated", r"megatron\."),  # of CUDA graphs, which we do not ask for
     ("The .grad attribute of a Tensor that is not a leaf", r"megatron\."),  # its own optimizer's parameter shards
-    ("`load_state_dict` is deprecated", r"megatron\\."),
+    ("`load_state_dict` is deprecated", r"megatron\."),
     ("`torch.distributed.", r"torch\.distributed"),  # all_gather_into_tensor got another name in torch 2.13
 )
 """Warnings, one per rank and call, that no user can act on: (message, module that is blamed)."""
