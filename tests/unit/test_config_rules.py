@@ -266,6 +266,12 @@ RULES = [
     ),
     (
         {},
+        {"data": {"window_tokens": 1 << 31}},
+        "data.window_tokens=2147483648 is too large. It is at most 1073741824.",
+    ),
+    ({}, {"data": {"pack_length": 1}}, "data.pack_length=1 is too small. It is at least 2."),
+    (
+        {},
         {"training": {"loss_weights": {"audio": 1}}},
         "training.loss_weights.audio: the model has no such modality. Modalities: text, vision.",
     ),

@@ -284,10 +284,6 @@ MISMATCHES = {
         {},
         r"<\|vision_end\|> has id 4, vision in the model's vocabulary, not text",
     ),
-    "ratio": ({}, {"t2i_ratio": 1.5}, r"data\.t2i_ratio=1\.5 is wrong"),
-    "window": ({}, {"window_tokens": 95}, r"data\.window_tokens=95 is wrong. It must lie between pack_length=96"),
-    "pack": ({}, {"pack_length": 1}, r"data\.pack_length=1 is wrong"),
-    "policy": ({}, {"overlong": "cut"}, r"data\.overlong='cut' is wrong. Use error or drop"),
     "tokenizer": ({}, {"tokenizer": "nowhere"}, r"tokenizer='nowhere' is wrong"),
 }
 

@@ -10,6 +10,9 @@ from unimega.config.model import ModelSpec
 from unimega.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from unimega.errors import ConfigError
 
+MAX_WINDOW_TOKENS = 1 << 30
+"""Above it the keys that interleave the corpora of a window would leave 62 bits."""
+
 
 def check(config: RunConfig, *, world_size: int) -> None:
     """Refuse a run that cannot be right, before anything is started.
@@ -295,6 +298,8 @@ def _window(config: RunConfig) -> None:
             f"data.window_tokens={data.window_tokens} is less than data.pack_length={data.pack_length}. "
             "A window holds many packs."
         )
+    if data.window_tokens > MAX_WINDOW_TOKENS:
+        raise ConfigError(f"data.window_tokens={data.window_tokens} is too large. It is at most {MAX_WINDOW_TOKENS}.")
 
 
 def _loss_weights(config: RunConfig) -> None:

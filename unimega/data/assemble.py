@@ -16,7 +16,7 @@ from unimega.data.corpus import Corpus, Ints
 from unimega.data.format import Ids
 from unimega.data.templates import Templates
 from unimega.data.tokenize import SpecialIds
-from unimega.errors import ConfigError, DataError
+from unimega.errors import DataError
 
 STORED, T2I, UNCONDITIONAL, I2T = range(4)
 VARIANTS = ("stored", "t2i", "unconditional", "i2t")
@@ -55,12 +55,8 @@ class Assembler:
         """Take the ids and the recipe of a run.
 
         Raises:
-            ConfigError: a ratio outside 0..1.
             DataError: begin of image is not vision, or end of image or eos not text, in the vocabulary.
         """
-        for name, ratio in (("t2i_ratio", t2i_ratio), ("unconditional_ratio", unconditional_ratio)):
-            if not 0 <= ratio <= 1:
-                raise ConfigError(f"data.{name}={ratio} is wrong. It is a share of the pairs, from 0 to 1.")
         self.vocabulary, self.special, self.templates = vocabulary, special, templates
         self.seed, self.t2i_ratio, self.unconditional_ratio = seed, t2i_ratio, unconditional_ratio
         self.mask_instructions = mask_instructions

@@ -75,17 +75,11 @@ class Corpus:
         """Open the files and check all of the index.
 
         Raises:
-            ConfigError: weight or direction are impossible.
+            ConfigError: the rows leave no such direction.
             DataError: the files are missing, damaged or hold no document.
         """
         self.source = source
         self.name = source.name or Path(source.path).name
-        if not 0 < source.weight < 1e12:
-            raise ConfigError(f"data.train weight={source.weight} of {self.name} is wrong. It must be above 0.")
-        if source.direction not in DIRECTIONS:
-            raise ConfigError(
-                f"data.train direction='{source.direction}' of {self.name} is wrong. Use {', '.join(DIRECTIONS)}."
-            )
         self.key = zlib.crc32(self.name.encode())
         self.weight = max(1, round(source.weight * _WEIGHT_UNIT))
         self.reader = IndexedCorpus(source.path)

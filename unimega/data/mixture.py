@@ -10,12 +10,7 @@ import numpy.typing as npt
 from unimega.data.assemble import Assembler, Choices
 from unimega.data.corpus import Corpus, Ints
 from unimega.data.packing import Packs, best_fit
-from unimega.errors import ConfigError, DataError
-
-OVERLONG = ("error", "drop")
-"""What happens to a document longer than a pack."""
-MAX_WINDOW_TOKENS = 1 << 30
-"""Above it the interleave keys would leave 62 bits."""
+from unimega.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -81,20 +76,11 @@ class Mixture:
         window_tokens: int,
         overlong: str = "error",
     ) -> None:
-        """Take corpora and sizes.
+        """Take corpora and sizes that ``config.rules`` has checked.
 
-        Raises:
-            ConfigError: an impossible size or policy.
+        Args:
+            overlong: error, or drop: what happens to a document longer than a pack.
         """
-        if pack_length < 2:
-            raise ConfigError(f"data.pack_length={pack_length} is wrong. A pack holds at least 2 tokens.")
-        if not pack_length <= window_tokens <= MAX_WINDOW_TOKENS:
-            raise ConfigError(
-                f"data.window_tokens={window_tokens} is wrong. It must lie between pack_length={pack_length} and "
-                f"{MAX_WINDOW_TOKENS}."
-            )
-        if overlong not in OVERLONG:
-            raise ConfigError(f"data.overlong='{overlong}' is wrong. Use {' or '.join(OVERLONG)}.")
         self.corpora, self.assembler = tuple(corpora), assembler
         self.seed, self.pack_length, self.window_tokens, self.overlong = seed, pack_length, window_tokens, overlong
 

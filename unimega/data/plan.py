@@ -74,11 +74,9 @@ class DataPlan:
             evaluation: one epoch of everything with a seed of its own; packs past the end are pads only.
 
         Raises:
-            ConfigError: an impossible recipe.
+            ConfigError: two corpora of one name, or no tokenizer.
             DataError: a corpus is missing, damaged, or made for another vocabulary or tokenizer.
         """
-        if not sources:
-            raise ConfigError("data.train is empty. Name at least one corpus.")
         self.recipe, self.vocabulary, self.evaluation = recipe, vocabulary, evaluation
         self.corpora = tuple(Corpus(source) for source in sources)
         _refuse_equal_names(self.corpora)
@@ -192,21 +190,15 @@ class DataPlan:
         """This rank's micro-batches of a step: pack i of micro-batch a is global pack ``s G + (a dp + r) m + i``.
 
         Args:
+            global_batch_packs: a multiple of dp x micro_batch_packs, as ``config.rules`` has checked.
             loss_scale: weight of a target per modality of its input token, divided by the step's denominator already.
 
         Raises:
-            ConfigError: the global batch is not a multiple of dp x micro_batch_packs.
             DataError: a document cannot be read as planned.
         """
-        share = dp * micro_batch_packs
-        if micro_batch_packs < 1 or global_batch_packs < 1 or global_batch_packs % share:
-            raise ConfigError(
-                f"training.global_batch_packs={global_batch_packs} is wrong. It must be a multiple of "
-                f"dp x micro_batch_packs = {dp} x {micro_batch_packs}."
-            )
         scale = np.asarray(loss_scale, dtype=np.float64).astype(np.float32)
         result = []
-        for accumulation in range(global_batch_packs // share):
+        for accumulation in range(global_batch_packs // (dp * micro_batch_packs)):
             first = step * global_batch_packs + (accumulation * dp + dp_rank) * micro_batch_packs
             packs = [self.pack(number) for number in range(first, first + micro_batch_packs)]
             modality = np.concatenate([pack.modality for pack in packs])
