@@ -109,7 +109,7 @@ class DataConfig:
     pack_length: int
     """Tokens of a pack; a pack holds whole documents."""
     overlong: Literal["error", "drop"] = "error"
-    """What becomes of a document longer than a pack: the run ends before it starts, or the document is left out."""
+    """A document longer than a pack ends the run once its window is planned, or is left out. None is ever cut."""
     t2i_ratio: float = 0.5
     """Share of pairs that become text-to-image where the direction is free, 0 to 1."""
     unconditional_ratio: float = 0.1
