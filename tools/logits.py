@@ -55,14 +55,15 @@ def main(argv: Sequence[str]) -> None:
     sections = strict.construct(Sections, loader.override(Sections, options), where=where)
     if arguments.output.is_dir() or not arguments.output.parent.is_dir():
         raise UnimegaError(f"--output {arguments.output}: not a file in a folder that exists. Name one.")
-    read_inputs(arguments.inputs)  # before torch is imported: a bad file is answered at once
+    inputs = read_inputs(arguments.inputs)  # before torch is imported: a bad file is answered at once
 
     from unimega.hf.evaluate import Request, evaluate
 
     out = evaluate(
         Request(
             checkpoint=arguments.checkpoint,
-            inputs=arguments.inputs,
+            inputs=inputs,
+            where=arguments.inputs,
             gradients=arguments.gradients,
             cross_document=sections.model.cross_document,
             parallel=sections.parallel,

@@ -17,7 +17,7 @@ from unimega.config.model import ModelSpec
 from unimega.config.schema import OptimizerConfig, ParallelConfig
 from unimega.errors import CheckpointError, DataError
 from unimega.hf.convert import layout_of
-from unimega.hf.inputs import Inputs, check_ids, microbatches, read_inputs
+from unimega.hf.inputs import Inputs, check_ids, microbatches
 from unimega.hf.names import Table, table
 from unimega.parallel import checkpoint
 from unimega.training.engine import Engine
@@ -30,7 +30,9 @@ class Request:
     """What to compute."""
 
     checkpoint: str
-    inputs: Path
+    inputs: Inputs
+    where: Path
+    """The file of the inputs, for the lines about them."""
     gradients: bool
     cross_document: bool | None
     """None: as the checkpoint says."""
@@ -38,7 +40,7 @@ class Request:
 
 
 def evaluate(request: Request) -> dict[str, np.ndarray] | None:
-    """Run the model in fp32. Collective over the world, which it joins.
+    """Run the model in fp32. Collective over the world, which it joins, and leaves if nothing goes wrong.
 
     Returns:
         What ``outputs`` gives, on rank 0; None elsewhere.
@@ -46,9 +48,8 @@ def evaluate(request: Request) -> dict[str, np.ndarray] | None:
     Raises:
         DataError, CheckpointError, ConfigError: the inputs, the checkpoint or the layout are not possible.
     """
-    inputs = read_inputs(request.inputs)
-    if request.gradients and inputs.targets is None:
-        raise DataError(f"{request.inputs}: gradients need 'labels', which are missing.")
+    if request.gradients and request.inputs.targets is None:
+        raise DataError(f"{request.where}: gradients need 'labels', which are missing.")
     stored = checkpoint.read_model(request.checkpoint)
     if "spec" not in stored:
         where = f"{request.checkpoint}/{checkpoint.MODEL_FILE}"
@@ -57,15 +58,15 @@ def evaluate(request: Request) -> dict[str, np.ndarray] | None:
     if request.cross_document is not None:
         spec = replace(spec, cross_document=request.cross_document)
     rules.check_parallel(spec, request.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    check_ids(inputs, rows=spec.vocabulary.rows, where=request.inputs)
+    check_ids(request.inputs, rows=spec.vocabulary.rows, where=request.where)
     backend.current().init_process_group(timeout=_TIMEOUT)
     optimizer_config = OptimizerConfig() if request.gradients else None
     engine = Engine(spec, request.parallel, optimizer_config=optimizer_config, initial=request.checkpoint)
-    try:
-        names = table(spec, layout_of(stored)) if stored.get("source") else None
-        return outputs(engine, inputs, names=names, gradients=request.gradients)
-    finally:
-        engine.close()
+    names = table(spec, layout_of(stored)) if stored.get("source") else None
+    out = outputs(engine, request.inputs, names=names, gradients=request.gradients)
+    engine.close()  # after an error this would wait for ranks that are gone, and hide the error
+    dist.destroy_process_group()
+    return out
 
 
 def outputs(
