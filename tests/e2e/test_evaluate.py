@@ -18,11 +18,15 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("evaluate")
+    run_dist(imported, world=1, args=(oracle.whole_folder("unix_mot", place / "hf"), place / "checkpoint"))
+    return place / "checkpoint"
+
+
+def imported(folder: Path, target: Path) -> None:
     from unimega.hf.convert import import_folder
 
-    place = tmp_path_factory.mktemp("evaluate")
-    import_folder(oracle.whole_folder("unix_mot", place / "hf"), place / "checkpoint")
-    return place / "checkpoint"
+    import_folder(folder, target)
 
 
 def request_of(checkpoint: Path, *, ids: list[int], tp: int = 1, gradients: bool = False) -> Any:
