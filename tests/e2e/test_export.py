@@ -58,6 +58,8 @@ def test_an_imported_folder_comes_back(export_folder: Path, out: Path, case: str
     assert after["rope_theta"] == after["rope_parameters"]["rope_theta"] == 1e6 and after["dtype"] == "float32"
     if case in oracle.UNIX:
         assert after["vision_token_ids"] == [90] and after["model_type"] == "uni_x"
+    modes = {path.name: path.stat().st_mode for path in (out / case).iterdir()}
+    assert set(modes.values()) == {modes["config.json"]}
     with safe_open(out / case / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 

@@ -144,6 +144,9 @@ def test_pads_on_the_right_and_embeddings(out: Path) -> None:
             inputs_embeds=model.get_input_embeddings()(ids), vision_mask=model.model.is_vision(ids), attention_mask=mask
         )
     assert torch.equal(embedded.logits, both)
+    prompt = {"inputs_embeds": model.get_input_embeddings()(ids), "vision_mask": model.model.is_vision(ids)}
+    greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 94, "attention_mask": torch.ones_like(ids)}
+    assert model.generate(**prompt, **greedy).tolist() == model.generate(ids, **greedy)[:, 6:].tolist()
     with pytest.raises(ValueError, match="inputs_embeds needs vision_mask"):
         model(inputs_embeds=torch.zeros(1, 2, 64))
 

@@ -184,6 +184,7 @@ def _write_weights(
             parts = row.split(read.pop(row.key).to(kind))
             tensors |= dict(zip(row.names, parts, strict=True))
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / MANIFEST, folder / file)  # safetensors lets its user alone read it
         _sync(folder / file)
         places |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())

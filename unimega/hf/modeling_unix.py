@@ -139,6 +139,19 @@ def view_of(group_BT: Tensor, group_BS: Tensor, *, past: int, implementation: st
     return View(mask=mask)
 
 
+def documents_of(attention_mask: Tensor | None, position_ids: Tensor | None, past: int, *, like: Tensor) -> Tensor:
+    """[B, tokens so far]: the number of each token's document, 0 for pads. ``like`` is [B, T]."""
+    rows, length = like.shape
+    if attention_mask is not None:
+        if attention_mask.ndim != 2 or attention_mask.shape[1] < past + length:
+            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, wanted [{rows}, {past + length}]")
+        return attention_mask[:, : past + length].long()
+    if past == 0 and position_ids is not None:
+        restarts = position_ids.diff(dim=-1) != 1
+        return nn.functional.pad(restarts.cumsum(-1), (1, 0)).expand(rows, length) + 1
+    return torch.ones(rows, past + length, dtype=torch.long, device=like.device)
+
+
 def _packing(group_BT: Tensor, group_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The queries of a group are its last keys, so kernels that align causality bottom-right need lengths alone."""
     base = int(torch.maximum(group_BT.max(), group_BS.max())) + 1
@@ -361,13 +374,13 @@ class UniXModel(UniXPreTrainedModel):
         output_hidden_states: bool | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
-        """Final states [B, T, D]. ``vision_mask`` [B, T] goes with ``inputs_embeds`` and wins over the ids."""
+        """Final states [B, T, D]. ``vision_mask`` [B, T] goes with ``inputs_embeds``; ids speak for themselves."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if vision_mask is None:
-            if input_ids is None:
-                raise ValueError("inputs_embeds needs vision_mask: [B, T], true for vision tokens")
+        if input_ids is not None:
             vision_mask = self.is_vision(input_ids)
+        elif vision_mask is None:
+            raise ValueError("inputs_embeds needs vision_mask: [B, T], true for vision tokens")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and self.gradient_checkpointing:
@@ -419,31 +432,21 @@ class UniXModel(UniXPreTrainedModel):
         dtype: torch.dtype,
     ) -> tuple[View, View]:
         """Views of layers that see the document, and of those that see the own modality's tokens in it."""
-        rows, length = modalities.is_vision_BT.shape
-        seen, room = past + length, _room(cache)
-        documents = torch.zeros(rows, max(seen, room), dtype=torch.long, device=modalities.is_vision_BT.device)
-        is_plain = False
-        if attention_mask is not None:
-            if attention_mask.ndim != 2:
-                raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, wanted [B, tokens so far]")
-            documents[:, :seen] = attention_mask[:, :seen]
-            is_plain = bool((documents[:, :seen] == 1).all())
-        elif past == 0 and position_ids is not None and length > 1:
-            documents[:, :seen] = nn.functional.pad((position_ids.diff(dim=-1) != 1).cumsum(-1), (1, 0)) + 1
-            is_plain = bool((documents[:, :seen] == 1).all())
-        else:
-            documents[:, :seen] = 1
-            is_plain = True
+        is_vision = modalities.is_vision_BT
+        length, room = is_vision.shape[1], _room(cache)
+        seen = past + length
+        documents = documents_of(attention_mask, position_ids, past, like=is_vision)
+        is_plain = bool((documents == 1).all())
+        documents = nn.functional.pad(documents, (0, max(0, room - seen)))
         implementation = self.config._attn_implementation or "eager"
         make = partial(view_of, past=past, implementation=implementation, dtype=dtype)
         places = {"cache_position": torch.arange(past, seen, device=documents.device)}
-        # None is causal: sdpa aligns it top-left, and no kernel knows what part of a cache is only allocated.
-        needs_none = "flash" in implementation or (implementation == "sdpa" and (past == 0 or length == 1))
-        whole = View() if is_plain and needs_none and not room else make(documents[:, past:seen], documents)
+        # Without a mask sdpa aligns causality top-left, and no kernel knows what part of a cache is only allocated.
+        is_causal = "flash" in implementation or (implementation == "sdpa" and (past == 0 or length == 1))
+        whole = View() if is_plain and is_causal and not room else make(documents[:, past:seen], documents)
         whole = replace(whole, places=places)
         if not self.has_twins:
             return whole, whole
-        is_vision = modalities.is_vision_BT
         if cache is not None:
             is_vision = self._remember(cache, is_vision, places)
         groups = torch.where(documents > 0, 2 * documents + is_vision, 0)
