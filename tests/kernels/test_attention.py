@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.cases import noise, on_device, shuffled
 from tests.tolerances import NEIGHBOURS, relative_error
 from unimega import backend
 from unimega.batch import Intervals
+from unimega.kernels import attention as attention_module
 from unimega.kernels import registry
 from unimega.kernels.attention import _batches, _plan
 
@@ -17,12 +19,15 @@ DEVICE = backend.current().device
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
 
-def attend(x: torch.Tensor, lengths: tuple[int, ...], **options: Any) -> list[torch.Tensor]:
+def attend(
+    x: torch.Tensor, lengths: tuple[int, ...], dtype: torch.dtype = torch.float32, **options: Any
+) -> list[torch.Tensor]:
     """Output and gradients of q, k, v, all [T, ...] in attention order; x: [T, (h + 2k) N]."""
     attention = registry.resolve("attention", device=DEVICE, impl="reference")
     intervals = on_device(Intervals.of_runs(lengths, **options), DEVICE)
     sizes = (HEADS * WIDTH, KV_HEADS * WIDTH, KV_HEADS * WIDTH)
-    leaves = [t.reshape(len(x), -1, WIDTH).detach().requires_grad_() for t in x.float().to(DEVICE).split(sizes, dim=1)]
+    parts = x.to(DEVICE, dtype).split(sizes, dim=1)
+    leaves = [t.reshape(len(x), -1, WIDTH).detach().requires_grad_() for t in parts]
     out = attention(*leaves, intervals, scale=0.3, rows=None, inverse=None)
     return [out, *torch.autograd.grad(out, leaves, out.detach() + 1)]
 
@@ -67,6 +72,33 @@ def test_nothing_of_t_by_t_is_made() -> None:
 
     with Watch():
         attend(noise(total, 64), lengths)
+
+
+@pytest.mark.parametrize("options", [{}, {"both_ways": ((2, 4), (27, 29))}], ids=["causal", "both ways"])
+def test_keys_of_every_head_are_those_of_its_group(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = (5, 21, 3, 19, 4)
+    grouped = attend(noise(52, 64), lengths, **options)
+    monkeypatch.setattr(attention_module, "_takes_groups", lambda query, mask: False)
+    for mine, want in zip(attend(noise(52, 64), lengths, **options), grouped, strict=True):
+        assert relative_error(mine, want) <= NEIGHBOURS
+
+
+def test_groups_go_to_flash_attention_alone() -> None:
+    on_gpu = {dtype: torch.empty(1, 4, 3, 8, dtype=dtype, device="meta") for dtype in (torch.float32, torch.bfloat16)}
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    assert attention_module._takes_groups(on_gpu[torch.bfloat16], None)
+    assert not attention_module._takes_groups(on_gpu[torch.bfloat16], mask)
+    assert not attention_module._takes_groups(on_gpu[torch.float32], None)
+    assert attention_module._takes_groups(torch.ones(1, 4, 3, 8), mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"both_ways": ((2, 4), (27, 29))}], ids=["causal", "both ways"])
+def test_a_gpu_keeps_no_scores(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """The kernel that makes them is forbidden: torch raises where it would need it."""
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        attend(noise(52, 64), (5, 21, 3, 19, 4), dtype=dtype, **options)
 
 
 def test_backward_through_a_gather_that_is_not_padded() -> None:

@@ -10,7 +10,8 @@ Gradients reach q, k, v. A run's result does not depend on what other runs conta
 
 Scores and softmax are in fp32 (fp64 for fp64); the probabilities may be rounded to the dtype of v before the second
 product, as flash attention does; the output is rounded once. Saved for backward: q, k, v, out, one number per query and
-head. Operations, forward: 4 h N sum(hi - lo); backward: 2.5 x that. Nothing of T x T is ever made.
+head. Operations, forward: 4 h N sum(hi - lo); backward: 2.5 x that. Nothing of T x T is made of several runs, and no
+scores are kept where torch has a fused kernel.
 """
 
 import functools
@@ -53,7 +54,9 @@ def reference(
 ) -> torch.Tensor:
     """See the module. Causal runs of similar length make one call, padded at their ends, which ``is_causal`` hides.
 
-    Intervals that are not causal take one call per run, with a mask of that run.
+    Intervals that are not causal take one call per run, with a mask of that run: bool [run, run]. On a GPU, k and v are
+    saved for every query head unless flash attention runs; fp64, and a width of a head that no fused kernel takes, make
+    the scores of a call there: [runs, h, longest, longest].
     """
     plan = _plan(intervals.lengths, intervals.causal, q.device)
     padded = _Pad.apply(plan, q, k, v)
@@ -64,12 +67,23 @@ def reference(
         mask = None if intervals.causal else _mask(intervals, start, longest)
         start += runs * longest
         query, key, value = padded[3 * i : 3 * i + 3]
+        groups = grouped and _takes_groups(query, mask)
+        if grouped and not groups:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         outputs.append(
             F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups
             )
         )
     return _Unpad.apply(plan, rows, inverse, *outputs)
+
+
+def _takes_groups(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether torch has a fused kernel for grouped heads; on a GPU only flash attention is one.
+
+    Elsewhere it would make all scores of a call, where it need not if every query head has keys of its own.
+    """
+    return query.device.type == "cpu" or (mask is None and query.dtype in (torch.bfloat16, torch.float16))
 
 
 class _Pad(torch.autograd.Function):
