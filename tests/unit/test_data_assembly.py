@@ -266,7 +266,7 @@ def test_bad_templates(tmp_path, case):
 
 def test_templates_without_a_tokenizer(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"data.tokenizer is absent, but data.templates='default' has to be tokenised"
+        ConfigError, match=r"data.templates='default' has to be tokenised, but data.tokenizer is absent"
     ):
         plan_of(tmp_path, [pair([8], IMAGE)], templates="default")
 

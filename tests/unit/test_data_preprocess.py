@@ -158,7 +158,7 @@ BAD = {
     "three codes": ({"caption": "a", "vqcode_512": "[1, 2, 3]"}, "vqcode_512 has 3 codes, codes_per_image is 4"),
     "code too large": (
         {"caption": "a", "codes": [1, 2, 3, 32]},
-        "code 32 at position 3 is outside the codebook of 32. Wrong vision.codebook, or was",
+        "code 32 at position 3 is outside the codebook of 32. Wrong --codebook, or was",
     ),
     "code below 0": ({"caption": "a", "codes": [1, 2, 3, -1]}, "code -1 at position 3 is outside"),
     "huge code": ({"caption": "a", "codes": [1, 2, 3, 2**64]}, "codes is not a flat list of integers"),
@@ -194,6 +194,11 @@ def test_other_mistakes(tmp_path, tokenizer, monkeypatch):
         run(tmp_path, tokenizer, [{"caption": "a", "codes": IMAGE}], codebook=None, codes_per_image=())
     with pytest.raises(DataError, match=r"no rows. A corpus needs at least one document"):
         run(tmp_path, tokenizer, [])
+    for codebook in (0, -3):
+        with pytest.raises(DataError, match=rf"--codebook={codebook} is too small"):
+            run(tmp_path, tokenizer, [{"text": "a"}], codebook=codebook)
+    with pytest.raises(DataError, match=r"--output='corpus/' is a folder"):
+        preprocess(Job(inputs=(str(tmp_path / "rows.jsonl"),), output="corpus/", tokenizer=str(tokenizer)))
     with pytest.raises(DataError, match=r"input='nowhere.jsonl' is wrong"):
         preprocess(Job(inputs=("nowhere.jsonl",), output=str(tmp_path / "o"), tokenizer=str(tokenizer)))
     text_only = make_tokenizer(tmp_path / "text", specials=["<eos>"])

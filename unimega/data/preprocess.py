@@ -66,6 +66,12 @@ def preprocess(job: Job, progress: Callable[[Progress], None] = lambda _: None) 
     """
     if not job.inputs:
         raise DataError("--input names no file.")
+    if not Path(job.output).name or job.output.endswith("/"):
+        raise DataError(f"--output='{job.output}' is a folder. Name a prefix in it, e.g. {job.output}rows.")
+    for option, values in (("--codebook", (job.codebook,)), ("--codes-per-image", job.codes_per_image)):
+        for value in values:
+            if value is not None and value < 1:
+                raise DataError(f"{option}={value} is too small. It is at least 1; leave it out for text alone.")
     for path in job.inputs:
         if not Path(path).is_file():
             raise DataError(f"input='{path}' is wrong. There is no such file.")

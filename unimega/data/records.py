@@ -121,7 +121,7 @@ def parse_codes(value: Any, name: str, limits: Limits) -> Ids:
         at = int(np.argmax(outside))
         raise BadRow(
             f"code {codes[at]} at position {at} is outside the codebook of {limits.codebook}. "
-            "Wrong vision.codebook, or was the offset added already?"
+            "Wrong --codebook, or was the offset added already?"
         )
     return codes.astype(np.int32)
 

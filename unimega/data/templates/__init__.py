@@ -37,7 +37,8 @@ def load(name: str, tokenizer: TextTokenizer | None) -> Templates:
         )
     if tokenizer is None:
         raise ConfigError(
-            f"data.tokenizer is absent, but data.templates='{name}' has to be tokenised. Name the tokenizer's folder."
+            f"data.templates='{name}' has to be tokenised, but data.tokenizer is absent and the folder that the corpus "
+            "records is not there. Name the tokenizer's folder."
         )
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
