@@ -82,6 +82,29 @@ def test_npu_is_a_seam(nothing_chosen: None) -> None:
     assert backend.use("cpu").name == "cpu"  # a failed choice leaves it open
 
 
+@pytest.mark.parametrize("rank", [2, 7])
+def test_a_rank_without_a_gpu(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("was tried"))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    with pytest.raises(
+        BackendError, match=rf"^LOCAL_RANK={rank} has no GPU: this host shows 2\. Start at most 2 ranks"
+    ):
+        cuda.CudaBackend().init_process_group(timeout=MINUTE)
+
+
+def test_the_last_rank_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    selected: list[torch.device] = []
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", selected.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    cuda.CudaBackend().select()
+    assert selected == [torch.device("cuda", 1)]
+
+
 # Answers --------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import torch
 from typing_extensions import override
 
 from unimega.backend.base import Backend, host_tensor
+from unimega.errors import BackendError
 
 PEAK_FLOPS = (
     ("GB300", 2.5e15),
@@ -48,6 +49,12 @@ class CudaBackend(Backend):
 
     @override
     def select(self) -> None:
+        devices = torch.cuda.device_count()
+        if self.device.index >= devices:
+            raise BackendError(
+                f"LOCAL_RANK={self.device.index} has no GPU: this host shows {devices}. Start at most {devices} ranks "
+                "on it (torchrun --nproc-per-node), or let CUDA_VISIBLE_DEVICES name more."
+            )
         torch.cuda.set_device(self.device)
 
     @override
