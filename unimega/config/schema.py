@@ -221,7 +221,9 @@ class CheckpointConfig:
     keep: int = 3
     """How many of the latest checkpoints are kept."""
     optimizer: Literal["reshardable", "fast"] = "reshardable"
-    """Optimizer state that loads under any topology, or faster under the same one only. No state is saved yet."""
+    """Optimizer state that loads under any topology, or (fast) under the same one only, in fewer pieces."""
+    asynchronous: bool = False
+    """Write checkpoints in a process of their own while training goes on; a step appears once it is whole."""
     initial: str = ""
     """A checkpoint whose weights start the run; model.init_vision is random then. Absent: random weights."""
 

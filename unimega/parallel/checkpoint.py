@@ -78,7 +78,13 @@ def sharded_weights(stages: Sequence[PipelineStage], groups: Groups) -> dict[str
 
 
 def save_weights(
-    directory: str | os.PathLike[str], step: int, stages: Sequence[PipelineStage], groups: Groups, model: dict[str, Any]
+    directory: str | os.PathLike[str],
+    step: int,
+    stages: Sequence[PipelineStage],
+    groups: Groups,
+    model: dict[str, Any],
+    *,
+    training: dict[str, Any] | None = None,
 ) -> Path:
     """Write the weights of all ranks as one step. Collective over the world.
 
@@ -89,7 +95,7 @@ def save_weights(
     Returns:
         The step's folder; it appears under its name only when it is whole.
     """
-    return _save(Path(directory), step, sharded_weights(stages, groups), model)
+    return _save(Path(directory), step, sharded_weights(stages, groups), model, training or {})
 
 
 def save_tensors(
@@ -97,7 +103,7 @@ def save_tensors(
 ) -> Path:
     """Write whole tensors as step 0 of a new checkpoint. One process with a process group of size one."""
     whole = {key: ShardedTensor.from_rank_offsets(key, value, replica_id=0) for key, value in tensors.items()}
-    return _save(Path(directory), 0, whole, metadata)
+    return _save(Path(directory), 0, whole, metadata, {})
 
 
 def load_weights(path: str | os.PathLike[str], stages: Sequence[PipelineStage], groups: Groups) -> None:
@@ -123,7 +129,7 @@ def load_weights(path: str | os.PathLike[str], stages: Sequence[PipelineStage], 
         raise CheckpointError(f"{step}: cannot be read, it is damaged or not whole ({reason}).") from error
 
 
-def _save(directory: Path, step: int, state: dict[str, Any], model: dict[str, Any]) -> Path:
+def _save(directory: Path, step: int, state: dict[str, Any], model: dict[str, Any], training: dict[str, Any]) -> Path:
     final = step_folder(directory, step)
     temporary = final.with_name(final.name + ".tmp")
     if dist.get_rank() == 0:
@@ -134,6 +140,7 @@ def _save(directory: Path, step: int, state: dict[str, Any], model: dict[str, An
     dist.barrier()
     if dist.get_rank() == 0:
         (temporary / MODEL_FILE).write_text(json.dumps(model, indent=1))
+        (temporary / "training.json").write_text(json.dumps({"step": step, "training": training}, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         latest = directory / LATEST_FILE

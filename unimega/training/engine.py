@@ -1,9 +1,11 @@
 """A model on its ranks: built, filled, wrapped, stepped. Loop, tools and tests all drive this one."""
 
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -39,6 +41,18 @@ class StepResult:
     """Before clipping."""
     applied: bool
     """Whether the optimizer changed the parameters."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on."""
+
+    step: int
+    """Updates that were made."""
+    path: Path
+    """The step's folder."""
+    training: dict[str, Any]
+    """What the loop gave to ``Engine.save``."""
 
 
 class Engine:
@@ -202,10 +216,59 @@ class Engine:
         self.settle()
         return replicas.gather_tensors(self.stages, self.groups, lambda parameter: parameter)
 
-    def save(self, directory: str, step: int, model: dict[str, Any]) -> Path:
-        """Write the weights as one step of a checkpoint; returns its folder."""
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        step: int,
+        model: dict[str, Any],
+        *,
+        training: dict[str, Any] | None = None,
+        form: Literal["reshardable", "fast"] = "reshardable",
+        keep: int | None = None,
+        asynchronous: bool = False,
+    ) -> Path:
+        """Write weights, optimizer and RNG as one step of a checkpoint. Collective over the world.
+
+        Args:
+            directory: the folder of steps.
+            step: updates that were made.
+            model: goes to ``model.json``: ``spec``, ``model`` and, of an imported one, ``source``.
+            training: the loop's own state, plain JSON values; ``resume`` gives it back.
+            form: ``checkpoint.optimizer``.
+            keep: remove all but so many of the newest steps once this one is whole; None: remove none.
+            asynchronous: return before the files are written; ``finish_saves`` makes the step appear.
+
+        Returns:
+            The step's folder; it appears under its name only when it is whole.
+
+        Raises:
+            CheckpointError: on every rank, if one of them could not write.
+        """
         self.settle()
-        return checkpoint.save_weights(directory, step, self.stages, self.groups, model)
+        return checkpoint.save_weights(directory, step, self.stages, self.groups, model, training=training)
+
+    def finish_saves(self, *, wait: bool) -> list[Path]:
+        """The asynchronous saves that became whole since the last call. Collective over the world.
+
+        Args:
+            wait: until all of them are.
+        """
+        return []
+
+    def resume(self, directory: str | os.PathLike[str]) -> Resumed | None:
+        """Continue from the newest whole step of a folder; None if it holds no step. Collective over the world.
+
+        Raises:
+            CheckpointError: steps are there and none can be used, or they are of another [model].
+        """
+        directory = Path(directory)
+        if not (directory / checkpoint.LATEST_FILE).exists():
+            return None
+        path = checkpoint.resolve_step(directory)
+        _check_same_model(str(path), self.spec)
+        checkpoint.load_weights(path, self.stages, self.groups)
+        state = json.loads((path / "training.json").read_text())
+        return Resumed(step=state["step"], path=path, training=state["training"])
 
     def _run(
         self, microbatches: Sequence[Microbatch], forward: Any, *, backward: bool, whole_gradients: bool = False
