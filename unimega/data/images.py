@@ -22,7 +22,7 @@ class ImageTokenizer(Protocol):
     """Pictures to codes.
 
     The classes of `models/vision` meet it by shape, without an import (`models` stands below `data`);
-    ``tools/preprocess_data.py --image-tokenizer NAME:PATH`` joins them through ``unimega.models.vision.load(NAME, PATH)``.
+    ``tools/preprocess_data.py --image-tokenizer NAME:PATH`` joins them by ``unimega.models.vision.load(NAME, PATH)``.
     """
 
     @property
