@@ -17,7 +17,7 @@ from unimega.data.format import Ids
 from unimega.errors import DataError
 
 UNCONDITIONAL = "<unconditional>"
-_VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
+_VISION_START, _VISION_END, _VISION_PAD = "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"
 _EOS = ("<|endoftext|>", "<eos>")
 _PAD = ("<|pad|>", "<pad>", "[PAD]")
 
@@ -43,6 +43,8 @@ class SpecialIds:
     vision_end: int | None
     unconditional: tuple[int, ...]
     """The ids of ``<unconditional>``: one if the tokenizer has it as a special token, else its pieces."""
+    vision_pad: int | None = None
+    """Ends the rows of an image where a run asks for it."""
 
     @staticmethod
     def from_sidecar(values: dict[str, Any]) -> "SpecialIds":
@@ -141,6 +143,7 @@ class TextTokenizer:
             vision_start=self._first((_VISION_START,)),
             vision_end=self._first((_VISION_END,)),
             unconditional=pieces,
+            vision_pad=self._first((_VISION_PAD,)),
         )
 
     def _first(self, names: Sequence[str]) -> int | None:
