@@ -39,11 +39,12 @@ $(STAMP): pyproject.toml setup.py csrc/data_index.cpp
 demo: setup
 	.venv/bin/python examples/digits/demo.py
 
+# Two processes, a file to each at a time: worlds and checkpoints that a file's tests share are made once.
 test: setup
-	$(RUN) pytest -q -m "not slow" tests
+	$(RUN) pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 test-all: setup
-	$(RUN) pytest -q tests
+	$(RUN) pytest -q -n 2 --dist loadfile tests
 
 lint: setup
 	$(RUN) ruff check .
