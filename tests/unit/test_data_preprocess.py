@@ -89,7 +89,8 @@ def test_every_kind_of_row(tmp_path, tokenizer):
 
 def test_special_ids_in_the_sidecar(tmp_path):
     full = run(tmp_path, make_tokenizer(tmp_path / "t"), [{"text": "a"}])[1]["tokenizer"]
-    assert full["special"] == {"eos": 0, "pad": 1, "vision_start": 2, "vision_end": 3, "unconditional": [4]}
+    start = {"eos": 0, "pad": 1, "vision_start": 2, "vision_end": 3, "unconditional": [4]}
+    assert full["special"] == start | {"vision_pad": None}
     assert full["eos"] == 0 and full["sha256"] == TextTokenizer(tmp_path / "t").sha256
     named = make_tokenizer(
         tmp_path / "u",
