@@ -59,6 +59,10 @@ class Backend(abc.ABC):
         """Another stream; inert on CPU."""
 
     @abc.abstractmethod
+    def event(self) -> Any:
+        """A mark in the current stream: ``record()``, and ``elapsed_time(later)`` in ms once both have happened."""
+
+    @abc.abstractmethod
     def stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         """Send the work of a ``with`` block to a stream."""
 

@@ -58,6 +58,10 @@ class CpuBackend(Backend):
         return InertStream()
 
     @override
+    def event(self) -> InertStream:
+        return InertStream()
+
+    @override
     def stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 

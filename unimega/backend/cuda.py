@@ -83,6 +83,10 @@ class CudaBackend(Backend):
         return torch.cuda.Stream(self.device)
 
     @override
+    def event(self) -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
+
+    @override
     def stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.stream(stream)
 

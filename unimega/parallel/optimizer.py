@@ -13,6 +13,7 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -40,7 +41,12 @@ def freeze(stages: Sequence[PipelineStage], patterns: Sequence[str]) -> None:
 
 
 def wrap(
-    stages: Sequence[nn.Module], config: TransformerConfig, *, overlap: bool, bucket_parameters: int | None = None
+    stages: Sequence[nn.Module],
+    config: TransformerConfig,
+    *,
+    overlap: bool,
+    bucket_parameters: int | None = None,
+    on_computed: Callable[[], None] | None = None,
 ) -> list[DistributedDataParallel]:
     """Give every stage gradient buffers that are summed over dp, fp32 whatever the parameters are.
 
@@ -50,6 +56,7 @@ def wrap(
     Args:
         overlap: reduce-scatter gradients during backward and gather parameters during the next forward.
         bucket_parameters: parameters per reduce-scatter; None: megatron-core's choice (40 million or more).
+        on_computed: called when a step's last backward of this rank is done, before it waits for other dp ranks.
     """
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -68,6 +75,8 @@ def wrap(
     def finalize(
         model: list[nn.Module], num_tokens: Any = None, pg_collection: Any = None, force_all_reduce: bool = False
     ) -> None:
+        if on_computed is not None:
+            on_computed()
         finalize_model_grads(model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
 
     config.finalize_model_grads_func = finalize
@@ -126,6 +135,27 @@ def set_lr(optimizer: MegatronOptimizer, lr: float, base: OptimizerConfig) -> No
         maximum = group.get("max_lr")
         group["lr"] = lr * (maximum / base.lr if maximum is not None else 1.0)
         group["weight_decay"] = base.weight_decay * group.get("wd_mult", 1.0)
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Norm of the gradients of all ranks, before clipping; inf or NaN if one of them is. The host sync of a step.
+
+    Afterwards the gradients are where ``update`` takes them from.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clip to the largest norm and update: megatron-core's ``step`` from where ``gradient_norm`` ended.
+
+    That one updates whatever the norm is: one infinite gradient would make a NaN of every weight.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
 
 
 def settle_parameters(wrapped: Sequence[DistributedDataParallel], *, overlap: bool) -> None:

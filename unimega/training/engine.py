@@ -1,12 +1,14 @@
 """A model on its ranks: built, filled, wrapped, stepped. Loop, tools and tests all drive this one."""
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -40,7 +42,11 @@ class StepResult:
     grad_norm: float
     """Before clipping."""
     applied: bool
-    """Whether the optimizer changed the parameters."""
+    """False: loss or gradient was not finite, and parameters and the optimizer's state are what they were before."""
+    shared: tuple[float, ...] = ()
+    """Sums over the ranks of what ``share`` gave."""
+    own_seconds: float = 0.0
+    """Of this rank alone: until its last backward was done, without waiting for other data-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +129,13 @@ class Engine:
         self.overlap = parallel.overlap and optimizer_config is not None
         self._checked = False
         if optimizer_config is not None:
+            self._started, self._computed = self.backend.event(), self.backend.event()
             self.wrapped = optimizer.wrap(
-                self.stages, self.config, overlap=self.overlap, bucket_parameters=bucket_parameters
+                self.stages,
+                self.config,
+                overlap=self.overlap,
+                bucket_parameters=bucket_parameters,
+                on_computed=self._computed.record,
             )
             self.optimizer = optimizer.make_optimizer(self.wrapped, self.config, optimizer_config, overlap=self.overlap)
 
@@ -159,20 +170,38 @@ class Engine:
         reports = self._run(microbatches, forward, backward=backward, whole_gradients=whole_gradients)
         return [report["result"] for report in reports]
 
-    def step(self, microbatches: Sequence[Microbatch], *, lr: float) -> StepResult:
-        """One optimizer update. After the first one all replicas are compared bit for bit.
+    def step(
+        self, microbatches: Sequence[Microbatch], *, lr: float, share: Callable[[], Sequence[float]] = tuple
+    ) -> StepResult:
+        """One optimizer update, left out if loss or gradient is not finite. After the first all replicas are compared.
 
-        Collectives beside those of the model: one all-reduce of 4 (M + 1) bytes over the world.
+        Collectives beside those of the model: one all-reduce of 4 (1 + M + shared) bytes over the world, which is on
+        its way before the host waits for the gradient norm.
+
+        Args:
+            share: asked once this rank's part of the step is done; as many numbers on every rank, summed in fp32.
         """
         assert self.optimizer_config is not None
         optimizer.set_lr(self.optimizer, lr, self.optimizer_config)
-        results = self.forward_backward(microbatches)
-        applied, grad_norm, _ = self.optimizer.step()
+        self._started.record()
+        total = self._reduce(self.forward_backward(microbatches), share())
+        grad_norm = optimizer.gradient_norm(self.optimizer)
+        loss, *others = total.tolist()
+        sums, shared = others[: len(self.spec.modalities)], others[len(self.spec.modalities) :]
+        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        if applied:
+            optimizer.update(self.optimizer, grad_norm)
         if not self._checked:
             self.check_replicas()
             self._checked = True
-        loss, *sums = self.reduce_results(results)
-        return StepResult(loss=loss, sums=tuple(sums), grad_norm=float(grad_norm or 0.0), applied=bool(applied))
+        return StepResult(
+            loss=loss,
+            sums=tuple(sums),
+            grad_norm=grad_norm,
+            applied=applied,
+            shared=tuple(shared),
+            own_seconds=self._started.elapsed_time(self._computed) / 1e3,
+        )
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, ...]:
         """(loss, sum of cross-entropies of each modality) without gradients."""
@@ -191,12 +220,17 @@ class Engine:
 
     def reduce_results(self, results: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, ...]:
         """Sum (loss, sums by modality) over micro-batches and dp, for all ranks to see. One host sync."""
-        total = torch.zeros(1 + len(self.spec.modalities), dtype=torch.float32, device=self.backend.device)
+        return tuple(self._reduce(results, ()).tolist())
+
+    def _reduce(self, results: Sequence[tuple[torch.Tensor, torch.Tensor]], shared: Sequence[float]) -> torch.Tensor:
+        """fp32 [1 + M + shared], on the device: not read, so that the host need not wait."""
+        own = torch.zeros(1 + len(self.spec.modalities), dtype=torch.float32, device=self.backend.device)
         if self.groups.tp.rank() == 0:
             for loss, sums in results:
-                total += torch.cat([loss.reshape(1), sums]).float()
+                own += torch.cat([loss.reshape(1), sums]).float()
+        total = torch.cat([own, self.backend.to_tensor(np.asarray(shared, dtype=np.float32))])
         dist.all_reduce(total)
-        return tuple(total.tolist())
+        return total
 
     def check_replicas(self) -> None:
         """Raise unless copies of every parameter are equal bit for bit."""
