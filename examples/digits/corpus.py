@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from threadpoolctl import threadpool_limits
+
+from unimega.errors import DataError, run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = 1  # raise it when the same split would give another corpus
@@ -41,10 +43,14 @@ SIDE, PATCH = 8, 2  # pixels
 GRID = SIDE // PATCH
 CODES = GRID * GRID
 COPIES = 16  # warped copies of each training scan
+SETS = ("digits", "digits_warped", "held_out_t2i", "held_out_i2t")
+TICKS = 1 + COPIES + len(SETS)
 ROTATION, SCALE, SHIFT, SHEAR = 0.1, 0.05, 0.5, 0.08  # +- radians, factor, pixels, factor
 
 Scans = np.ndarray[Any, np.dtype[np.float32]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Tick = Callable[[], None]
+"""Called now and then by what takes a while, for a progress bar."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +152,20 @@ def write_tokenizer(folder: Path) -> None:
     )
 
 
-def training_rows(data: Split, book: Codebook, split: int) -> tuple[Iterator[dict[str, Any]], Iterator[dict[str, Any]]]:
+def warped(data: Split, split: int, copy: int) -> Scans:
+    """Copy 1 to 16 of all training scans [1437, 8, 8], as the corpus of this split holds it."""
+    return warp(data.scans[data.train], np.random.default_rng((split, copy)))
+
+
+def training_rows(
+    data: Split, book: Codebook, split: int, *, tick: Tick = lambda: None
+) -> tuple[Iterator[dict[str, Any]], Iterator[dict[str, Any]]]:
     """The rows of ``digits``, a scan under all its captions, and of ``digits_warped``, scans and copies under one."""
-    scans, labels = data.scans[data.train], data.labels[data.train]
-    clean = book.encode(scans)
-    copies = [clean, *(book.encode(warp(scans, np.random.default_rng((split, copy)))) for copy in range(1, COPIES + 1))]
+    labels = data.labels[data.train]
+    copies = [book.encode(data.scans[data.train])]
+    for copy in range(1, COPIES + 1):
+        copies.append(book.encode(warped(data, split, copy)))
+        tick()
     draws = np.random.default_rng((split, 0)).integers(len(CAPTIONS), size=(len(copies), len(labels)))
 
     def row(place: int, copy: int, caption: int, kind: str) -> dict[str, Any]:
@@ -176,8 +191,23 @@ def held_out_rows(data: Split, book: Codebook, split: int, kind: str) -> Iterato
         yield {"data_type": kind, "caption": words, "codes": codes.tolist(), "scan": int(scan), "copy": 0}
 
 
-def build(output: Path, *, split: int = 10) -> dict[str, Any]:
-    """Write the corpus below ``output`` and return what ``corpus.json`` holds; a whole one of this split is kept."""
+def files(output: Path) -> list[Path]:
+    """What ``build`` writes."""
+    sets = [output / f"{name}{suffix}" for name in SETS for suffix in (".jsonl", ".bin", ".idx", ".json")]
+    return [*sets, *sorted((output / "tokenizer").iterdir()), output / "scans.npz", output / "corpus.json"]
+
+
+def read_scans(output: Path) -> tuple[Split, Codebook]:
+    """The scans, their split and the codebook that ``build`` wrote."""
+    with np.load(output / "scans.npz") as stored:
+        return Split(*(stored[name] for name in ("scans", "labels", "train", "held_out"))), Codebook(stored["centres"])
+
+
+def build(output: Path, *, split: int = 10, tick: Tick = lambda: None) -> dict[str, Any]:
+    """Write the corpus below ``output`` and return what ``corpus.json`` holds; a whole one of this split is kept.
+
+    ``tick`` is called ``TICKS`` times on the way.
+    """
     done = output / "corpus.json"
     if done.is_file():
         found = json.loads(done.read_text())
@@ -191,14 +221,18 @@ def build(output: Path, *, split: int = 10) -> dict[str, Any]:
     shutil.rmtree(output / "tokenizer", ignore_errors=True)
     write_tokenizer(output / "tokenizer")
     np.savez(output / "scans.npz", centres=book.centres, **vars(data))
-    to_image, to_text = training_rows(data, book, split)
+    tick()
+    to_image, to_text = training_rows(data, book, split, tick=tick)
     rows = {
         "digits": to_image,
         "digits_warped": to_text,
         "held_out_t2i": held_out_rows(data, book, split, "t2i"),
         "held_out_i2t": held_out_rows(data, book, split, "i2t"),
     }
-    counts = {name: _write_set(output / name, lines) for name, lines in rows.items()}
+    counts = {}
+    for name, lines in rows.items():
+        counts[name] = _write_set(output / name, lines)
+        tick()
     summary = {"version": VERSION, "split": split, "rows": counts, "seconds": round(time.monotonic() - start, 2)}
     _write_json(done, summary)
     return summary
@@ -213,7 +247,9 @@ def _write_set(prefix: Path, rows: Iterator[dict[str, Any]]) -> int:
     command = [sys.executable, tool, "--input", source.name, "--output", prefix.name, "--tokenizer", "tokenizer"]
     command += ["--codebook", str(CODEBOOK), "--codes-per-image", str(CODES), "--overwrite"]
     # From inside the folder: the names that the sidecar keeps do not depend on where the corpus lies.
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=prefix.parent)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=prefix.parent)
+    if done.returncode:
+        raise DataError(f"{prefix.name}: preprocess_data.py ended with status {done.returncode}: {done.stderr.strip()}")
     return len(lines)
 
 
@@ -233,4 +269,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_cli(main, sys.argv[1:])
