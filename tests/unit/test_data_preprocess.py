@@ -176,7 +176,7 @@ BAD = {
     "no ids": ({"input_ids": []}, "input_ids is empty"),
     "items of numbers": ({"items": [3]}, r"items\[0\] is a int"),
     "items empty": ({"items": []}, "items is not a list"),
-    "known later": ({"conversations": [], "data_type": "i2t_multi"}, "data_type='i2t_multi' is not supported; known"),
+    "known later": ({"conversations": [], "data_type": "speech"}, "data_type='speech' is not supported; known"),
     "pair without codes": ({"caption": "a", "data_type": "t2i"}, "data_type='t2i', but no field codes or vqcode"),
 }
 

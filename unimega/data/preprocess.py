@@ -11,7 +11,8 @@ import numpy as np
 
 import unimega
 from unimega.data import format as layout
-from unimega.data.records import BadRow, Limits, Row, Segment, row_of_json
+from unimega.data.records.kinds import row_of_json
+from unimega.data.records.row import BadRow, Row, Rules, Segment
 from unimega.data.tokenize import TextTokenizer
 from unimega.data.writer import CorpusWriter
 from unimega.errors import DataError
@@ -76,7 +77,7 @@ def preprocess(job: Job, progress: Callable[[Progress], None] = lambda _: None) 
         if not Path(path).is_file():
             raise DataError(f"input='{path}' is wrong. There is no such file.")
     tokenizer = TextTokenizer(job.tokenizer)
-    limits = Limits(text_size=tokenizer.size, codebook=job.codebook, codes_per_image=job.codes_per_image)
+    limits = Rules(text_size=tokenizer.size, codebook=job.codebook, codes_per_image=job.codes_per_image)
     sources: list[_Source] = []
     done, total = 0, sum(Path(path).stat().st_size for path in job.inputs)
     already_ended = 0
@@ -127,7 +128,7 @@ def _refuse_images(sources: Sequence[_Source], tokenizer: str) -> None:
         )
 
 
-def _blocks(path: str, limits: Limits) -> Iterator[tuple[int, list[tuple[int, Row]], int]]:
+def _blocks(path: str, limits: Rules) -> Iterator[tuple[int, list[tuple[int, Row]], int]]:
     """(lines, rows with their line numbers, bytes read), up to ``_BLOCK_ROWS`` lines at a time."""
     with Path(path).open("rb") as file:
         block: list[tuple[int, Row]] = []
@@ -164,14 +165,14 @@ def _write(
     ended = 0
     for line, row in block:
         source = sources[-1]
-        if row.direction != source.direction and source.documents == 0:
-            source.direction = row.direction
-        elif row.direction != source.direction and _is_pair(row):
+        if row.direction not in (None, source.direction) and source.documents == 0:
+            source.direction = row.direction or "both"
+        elif row.direction not in (None, source.direction) and _is_pair(row):
             if len(sources) == _MAX_SOURCES:
                 raise DataError(
                     f"{path}:{line}: data_type has changed {_MAX_SOURCES} times. Sort the rows by data_type."
                 )
-            source = _Source(path, row.direction, writer.num_documents, 0)
+            source = _Source(path, row.direction or "both", writer.num_documents, 0)
             sources.append(source)
         segments = [(segment.mode, _ids(segment, encoded)) for segment in row.segments]
         for mode, ids in segments:

@@ -1,0 +1,1 @@
+"""Rows of corpus files as documents: kinds, fields, checks."""
