@@ -31,7 +31,7 @@ def draw_grid(rows: Sequence[tuple[str, Scans]], path: Path) -> None:
         for j, scan in enumerate(scans):
             top, left = i * (side + gap) + gap // 2, j * (side + gap) + gap // 2
             canvas[top : top + side, left : left + side] = np.kron(scan, np.ones((ENLARGE, ENLARGE)))
-    figure = Figure(figsize=(7.2, 5.1), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(7.2, 5.1), facecolor="white")
     axes = figure.subplots()
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     middles = np.arange(10) * (side + gap) + (side + gap) / 2
@@ -40,7 +40,7 @@ def draw_grid(rows: Sequence[tuple[str, Scans]], path: Path) -> None:
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None})
 
 
 def caption_rows(count: int) -> list[int]:

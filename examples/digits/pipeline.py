@@ -15,7 +15,7 @@ import sample
 import torch
 from corpus import CAPTIONS, CODES, ROOT, Numbers
 from sample import CAPTION_TOKENS, Sampler
-from stages import Stages, Started, bar, read_json, write_json
+from stages import Stages, Started, bar, read_json, redraw, write_json
 from training import Run, check, end_recorded, train
 
 from unimega.errors import UnimegaError
@@ -77,7 +77,7 @@ class Demo:
 
     def _export(self, started: Started) -> Sequence[Path]:
         with bar("export", 1, unit="folder") as progress:
-            export(self.run.checkpoints, self.export, tick=progress.refresh)
+            export(self.run.checkpoints, self.export, tick=lambda: redraw(progress))
             progress.update()
         return sorted(self.export.iterdir())
 
@@ -105,11 +105,11 @@ class Demo:
         target = self.folder / "export_earlier"
         with bar("history", len(steps), unit="export") as progress:
             for step in steps:
-                export(self._step(step), target, tick=progress.refresh)
+                export(self._step(step), target, tick=lambda: redraw(progress))
                 sampler = Sampler(target)
-                drawn = draw(sampler, self.split, tick=progress.refresh)
+                drawn = draw(sampler, self.split, tick=lambda: redraw(progress))
                 labels, _ = asked(self.split)
-                sampled = judge.Sampled(labels, drawn, sampler.describe(codes, tick=progress.refresh))
+                sampled = judge.Sampled(labels, drawn, sampler.describe(codes, tick=lambda: redraw(progress)))
                 found[str(step)] = judge.accuracies(data, book, sampled, svm)
                 progress.update()
         shutil.rmtree(target, ignore_errors=True)

@@ -150,7 +150,13 @@ def alone_in(folder: Path) -> Iterator[None]:
 def bar(name: str, total: int, *, unit: str, done: int = 0) -> "tqdm[Any]":
     """A progress bar on stderr: live on a terminal, a line now and then in a file."""
     live = sys.stderr.isatty()
-    return tqdm(total=total, desc=f"{name:8}", unit=unit, initial=done, leave=False, mininterval=0.1 if live else 10)
+    return tqdm(total=total, desc=f"{name:8}", unit=unit, initial=done, leave=not live, mininterval=0.1 if live else 10)
+
+
+def redraw(progress: "tqdm[Any]") -> None:
+    """Let the seconds of a bar run on where somebody sees it."""
+    if sys.stderr.isatty():
+        progress.refresh()
 
 
 def tell(line: str) -> None:
