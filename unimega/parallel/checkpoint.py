@@ -1,109 +1,146 @@
-"""Weights on disk: megatron-core's ``torch_dist`` with one key per tensor, free of any layout.
+"""Checkpoints: weights under any layout, and with optimizer and random numbers the state from which a run goes on.
 
-A CHECKPOINT is a folder of steps (``step-00000000``) with the name of the newest in ``latest``; wherever one is read, a
-step's folder is accepted too. Beside megatron-core's files a step holds ``model.json``, the description the weights
-belong to. Keys are parameter names; ``gate_up`` is stored as ``gate`` and ``up``; rows that were added to divide by tp
-are not stored.
+A CHECKPOINT is a folder of steps (``step_folder``), or one step's folder. A step holds megatron-core's ``torch_dist``
+files with one key per tensor (``placement``), ``model.json``, the description the weights belong to, ``training.json``,
+where the run was, and ``manifest.json`` with size and checksum of each file; nothing is loaded before all agree.
 """
 
 import json
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from unimega.errors import CheckpointError, UnimegaError
+from unimega import backend, log
+from unimega.errors import CheckpointError
+from unimega.parallel import placement, step_folder
+from unimega.parallel.agreement import raise_everywhere
 from unimega.parallel.groups import Groups
-from unimega.parallel.parameter import checkpoint_parts, sharded_dim, vocabulary_rows
+from unimega.parallel.parameter import vocabulary_rows
 from unimega.parallel.pipeline import PipelineStage
+from unimega.parallel.placement import STATE_PREFIX, Form
+from unimega.parallel.saves import Saves, Step
+from unimega.parallel.step_folder import LATEST_FILE, MODEL_FILE, read_model, resolve_step
 
-MODEL_FILE = "model.json"
-LATEST_FILE = "latest"
+__all__ = [
+    "LATEST_FILE",
+    "MODEL_FILE",
+    "TRAINING_FILE",
+    "Form",
+    "Saves",
+    "Trainee",
+    "find_newest",
+    "load_training",
+    "load_weights",
+    "read_model",
+    "resolve_step",
+    "save_step",
+    "save_tensors",
+    "verify",
+]
 
-
-def step_folder(directory: Path, step: int) -> Path:
-    """Where a step lies in a folder of steps."""
-    return directory / f"step-{step:08d}"
-
-
-def resolve_step(path: str | os.PathLike[str]) -> Path:
-    """The folder of one step: ``path`` itself, or what its ``latest`` names.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(path)
-    if (path / "metadata.json").exists():
-        return path
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: not there. Name a checkpoint: a folder of steps or one step's folder.")
-    latest = path / LATEST_FILE
-    if not latest.exists():
-        raise CheckpointError(f"{path}: holds no checkpoint (no metadata.json, no {LATEST_FILE}).")
-    step = path / latest.read_text(errors="replace").strip()
-    if not (step / "metadata.json").exists():
-        raise CheckpointError(
-            f"{latest}: names {step.name}, which is not a whole checkpoint. Name another step's folder."
-        )
-    return step
+TRAINING_FILE = "training.json"
+logger = log.get(__name__)
 
 
-def read_model(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The description stored with the weights."""
-    file = resolve_step(path) / MODEL_FILE
-    try:
-        return json.loads(file.read_text(errors="replace"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: not there. The checkpoint was not written by unimega.") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: damaged at line {error.lineno} ({error.msg}).") from None
+@dataclass(frozen=True)
+class Trainee:
+    """What a rank holds of a model that is trained."""
+
+    stages: Sequence[PipelineStage]
+    """Without their DDP wrapping, parameters in step (no gather under way)."""
+    groups: Groups
+    optimizer: MegatronOptimizer | None
+    """None: weights alone are saved."""
+    layout: Mapping[str, Any]
+    """How ranks are cut up, as JSON values; random numbers and ``fast`` states load where it is the same."""
 
 
-def sharded_weights(stages: Sequence[PipelineStage], groups: Groups) -> dict[str, Any]:
-    """By parameter name, megatron-core's description of where each tensor of this rank lies in the global one."""
-    made: dict[str, Any] = {}
-    for stage in stages:
-        for name, values in stage.weights():
-            copy = name == "embedding.weight" and not stage.pre_process
-            made[name] = _sharded(name, values, groups, duplicate=int(copy))
-    return made
-
-
-def save_weights(
+def save_step(
+    saves: Saves,
+    trainee: Trainee,
     directory: str | os.PathLike[str],
     step: int,
-    stages: Sequence[PipelineStage],
-    groups: Groups,
-    model: dict[str, Any],
     *,
-    training: dict[str, Any] | None = None,
+    model: Mapping[str, Any],
+    training: Mapping[str, Any],
+    form: Form = "reshardable",
+    keep: int | None = None,
+    asynchronous: bool = False,
 ) -> Path:
-    """Write the weights of all ranks as one step. Collective over the world.
-
-    Args:
-        stages: without their DDP wrapping, parameters in step (no gather under way).
-        model: goes to ``model.json``.
-
-    Returns:
-        The step's folder; it appears under its name only when it is whole.
-    """
-    return _save(Path(directory), step, sharded_weights(stages, groups), model, training or {})
+    """Write one step. Collective over the world; see ``Engine.save``."""
+    stages, groups, optimizer = trainee.stages, trainee.groups, trainee.optimizer
+    tensors = placement.sharded_weights(stages, groups)
+    state: dict[str, Any] = {"step": step, "optimizer": None, "training": dict(training)}
+    if optimizer is not None:
+        tensors += placement.sharded_optimizer(optimizer, stages, groups, form=form)
+        tensors += placement.sharded_rng(_rng_states())
+        state["optimizer"] = {"form": form, "steps": _optimizer_steps(optimizer), "dtype": _dtype(stages)}
+        state["layout"] = dict(trainee.layout)
+    documents = {MODEL_FILE: json.dumps(model, indent=1), TRAINING_FILE: json.dumps(state, indent=1)}
+    return saves.save(Step(Path(directory), step, documents, keep), tensors, asynchronous=asynchronous)
 
 
 def save_tensors(
     directory: str | os.PathLike[str], tensors: dict[str, torch.Tensor], *, metadata: dict[str, Any]
 ) -> Path:
     """Write whole tensors as step 0 of a new checkpoint. One process with a process group of size one."""
-    whole = {key: ShardedTensor.from_rank_offsets(key, value, replica_id=0) for key, value in tensors.items()}
-    return _save(Path(directory), 0, whole, metadata, {})
+    whole = [ShardedTensor.from_rank_offsets(key, value, replica_id=0) for key, value in tensors.items()]
+    return Saves().save(Step(Path(directory), 0, {MODEL_FILE: json.dumps(metadata, indent=1)}, None), whole)
+
+
+def verify(step: Path) -> str | None:
+    """Compare every file of a step with its manifest: the first fault, None if it is whole.
+
+    Collective over the world if there is one: each rank reads its share of the bytes, all return the same.
+    """
+    if not dist.is_initialized():
+        return step_folder.find_fault(step)
+    mine = step_folder.shares(step, dist.get_world_size())[dist.get_rank()]
+    faults: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, step_folder.find_fault(step, mine))
+    return next((fault for fault in faults if fault), None)
+
+
+def find_newest(directory: str | os.PathLike[str]) -> Path | None:
+    """The newest whole step of a folder, after removing what killed saves left; None if it holds no step.
+
+    Collective over the world. One warning says what was passed over and why.
+
+    Raises:
+        CheckpointError: steps are there, and none is whole.
+    """
+    directory = Path(directory)
+    listing: list[Any] = [None]
+    if dist.get_rank() == 0:
+        step_folder.clean(directory)
+        named = step_folder.read_latest(directory) if (directory / LATEST_FILE).exists() else None
+        listing = [(step_folder.steps(directory), named)]
+    dist.broadcast_object_list(listing)
+    numbers, named = listing[0]
+    said: list[str] = []
+    for number in reversed(numbers):
+        step = step_folder.step_folder(directory, number)
+        if (fault := verify(step)) is None:
+            if named != step.name and not said:
+                said.append(f"{directory / LATEST_FILE} {f'names {named!r}' if named is not None else 'is missing'}")
+            if said and dist.get_rank() == 0:
+                logger.warning("%s; going on from step %d (%s)", "; ".join(said), number, step)
+            return step
+        said.append(f"step {number} is not used: {step / fault}")
+    if said:
+        raise CheckpointError(f"{directory}: no whole checkpoint is left ({'; '.join(said)}). Name another folder.")
+    if named is not None:
+        raise CheckpointError(f"{directory / LATEST_FILE}: names {named!r}, and no step is there. Name another folder.")
+    return None
 
 
 def load_weights(path: str | os.PathLike[str], stages: Sequence[PipelineStage], groups: Groups) -> None:
@@ -113,102 +150,80 @@ def load_weights(path: str | os.PathLike[str], stages: Sequence[PipelineStage], 
         CheckpointError: tensors are missing, left over, or of another shape, or files are missing or damaged.
     """
     step = resolve_step(path)
+    if fault := verify(step):
+        raise step_folder.damaged(step, fault)
+    _fill(step, stages, groups)
+
+
+def _fill(step: Path, stages: Sequence[PipelineStage], groups: Groups) -> None:
+    stored = _stored_shapes(step)
+    weights = {key: shape for key, shape in stored.items() if not key.startswith(STATE_PREFIX)}
+    _compare(step, weights, placement.global_shapes(stages, groups))
+    _clear_added_rows(stages, groups)
+    _load(step, placement.sharded_weights(stages, groups))
+
+
+def load_training(step: Path, trainee: Trainee) -> dict[str, Any]:
+    """Fill weights, optimizer and, under the same layout, random number generators. Collective over the world.
+
+    Args:
+        step: whole, as ``find_newest`` has seen.
+
+    Returns:
+        ``{"step": updates that were made, "training": what was handed to the save}``.
+
+    Raises:
+        CheckpointError: the step holds weights alone, or its state does not fit this run.
+    """
+    assert trainee.optimizer is not None
+    _fill(step, trainee.stages, trainee.groups)
+    state = json.loads((step / TRAINING_FILE).read_text()) if (step / TRAINING_FILE).exists() else {}
+    saved = state.get("optimizer")
+    if saved is None:
+        raise CheckpointError(
+            f"{step}: holds weights alone. A run starts from them with checkpoint.initial, and saves to another folder."
+        )
+    same_layout = state["layout"] == dict(trainee.layout)
+    if saved["form"] == "fast" and not same_layout:
+        raise CheckpointError(
+            f"{step}: was saved with checkpoint.optimizer = fast under {_words(state['layout'])}, this run has "
+            f"{_words(trainee.layout)}. Go on under the same layout, or save as reshardable."
+        )
+    if saved["dtype"] != (dtype := _dtype(trainee.stages)):
+        raise CheckpointError(f"{step}: was trained in {saved['dtype']}, this run in {dtype}. Set training.precision.")
+    tensors = placement.sharded_optimizer(trainee.optimizer, trainee.stages, trainee.groups, form=saved["form"])
+    rng = _rng_states() if same_layout else {}
+    tensors += placement.sharded_rng(rng)
+    _compare_state(step, tensors)
+    _load(step, tensors)
+    for group in trainee.optimizer.param_groups:
+        group["step"] = saved["steps"]
+    if same_layout:
+        _set_rng_states(rng)
+    return {"step": state["step"], "training": state["training"]}
+
+
+def _load(step: Path, tensors: Sequence[ShardedTensor]) -> None:
+    """Read into the tensors where they lie."""
+    try:
+        with torch.no_grad():
+            named = {str(number): tensor for number, tensor in enumerate(tensors)}
+            dist_checkpointing.load(named, str(step), validate_access_integrity=False)
+    except (Exception, CheckpointException) as error:  # a dozen kinds, for files that change under our hands
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise step_folder.damaged(step, f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}") from error
+
+
+def _stored_shapes(step: Path) -> dict[str, tuple[int, ...]]:
     try:
         stored = dist_checkpointing.load_tensors_metadata(str(step))
-        _compare_tensors(step, {key: tuple(value.global_shape) for key, value in stored.items()}, stages, groups)
-        with torch.no_grad():
-            loaded = dist_checkpointing.load(sharded_weights(stages, groups), str(step))
-            for stage in stages:
-                for name, values in stage.weights():
-                    values.copy_(loaded[name])
-    except UnimegaError:
-        raise
-    except (Exception, CheckpointException) as error:  # a dozen kinds, for files that are damaged or gone
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
-        raise CheckpointError(f"{step}: cannot be read, it is damaged or not whole ({reason}).") from error
+    except Exception as error:  # a pickle: whatever its bytes make it raise
+        raise step_folder.damaged(step, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    return {key: tuple(value.global_shape) for key, value in stored.items()}
 
 
-def _save(directory: Path, step: int, state: dict[str, Any], model: dict[str, Any], training: dict[str, Any]) -> Path:
-    final = step_folder(directory, step)
-    temporary = final.with_name(final.name + ".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(state, str(temporary))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (temporary / MODEL_FILE).write_text(json.dumps(model, indent=1))
-        (temporary / "training.json").write_text(json.dumps({"step": step, "training": training}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        latest = directory / LATEST_FILE
-        latest.with_suffix(".tmp").write_text(final.name)
-        os.replace(latest.with_suffix(".tmp"), latest)
-    dist.barrier()
-    return final
-
-
-def _sharded(key: str, values: torch.Tensor, groups: Groups, *, duplicate: int) -> Any:
-    tp, dim = groups.tp, sharded_dim(values)
-    replica = (duplicate, 0 if dim is not None else tp.rank(), groups.dp.rank())
-    rows = vocabulary_rows(values)
-    if rows is not None:
-        return _vocabulary_factory(key, values, rows, replica, groups)
-    if ".gate_up." in key:
-        return _halves_factory(key, values, replica, groups)
-    offsets = [(dim, tp.rank(), tp.size())] if dim is not None else []
-    return ShardedTensor.from_rank_offsets(key, values.detach(), *offsets, replica_id=replica)
-
-
-def _halves_factory(key: str, values: torch.Tensor, replica: tuple[int, int, int], groups: Groups) -> Any:
-    tp = groups.tp
-
-    def build(key: str, data: torch.Tensor, replica_id: Any, _: Any) -> list[ShardedTensor]:
-        return [
-            ShardedTensor.from_rank_offsets(part, half, (0, tp.rank(), tp.size()), replica_id=replica_id)
-            for part, half in checkpoint_parts(key, data).items()
-        ]
-
-    return ShardedTensorFactory(key, values.detach(), build, torch.cat, replica)
-
-
-def _vocabulary_factory(
-    key: str, values: torch.Tensor, rows: int, replica: tuple[int, int, int], groups: Groups
-) -> Any:
-    """Rows of the file only. ``torch_dist`` wants equal cuts: if tp does not divide them, each rank describes all."""
-    tp = groups.tp
-    local = values.shape[0]
-    start = tp.rank() * local
-
-    def build(key: str, data: torch.Tensor, replica_id: Any, _: Any) -> ShardedTensor:
-        if rows == local * tp.size():
-            return ShardedTensor.from_rank_offsets(key, data, (0, tp.rank(), tp.size()), replica_id=replica_id)
-        whole = data.new_empty(local * tp.size(), *data.shape[1:])
-        dist.all_gather_into_tensor(whole, data.contiguous(), group=tp)
-        copies = (replica_id[0], tp.rank(), replica_id[2])
-        return ShardedTensor.from_rank_offsets(key, whole[:rows].contiguous(), replica_id=copies)
-
-    def merge(loaded: torch.Tensor) -> torch.Tensor:
-        if rows == local * tp.size():
-            return loaded
-        mine = loaded.new_zeros(local, *loaded.shape[1:])
-        there = loaded[start : min(start + local, rows)]
-        mine[: len(there)] = there
-        return mine
-
-    return ShardedTensorFactory(key, values.detach(), build, merge, replica)
-
-
-def _compare_tensors(
-    step: Path, stored: dict[str, tuple[int, ...]], stages: Sequence[PipelineStage], groups: Groups
-) -> None:
+def _compare(step: Path, stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
     """Refuse a checkpoint whose weights are not those of the model, by name and global shape."""
-    everyone: list[Any] = [None] * groups.pp.size()
-    dist.all_gather_object(everyone, _global_shapes(stages, groups), group=groups.pp)
-    wanted = {key: shape for shapes in everyone for key, shape in shapes.items()}
-    stored = {key: shape for key, shape in stored.items() if not key.startswith("optimizer.")}
     missing, extra = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
     for what, keys in (("has no tensor", missing), ("has a tensor that the model lacks:", extra)):
         if keys:
@@ -220,15 +235,57 @@ def _compare_tensors(
             raise CheckpointError(f"{step}: {key!r} is {found}, the model's is {own}. Is it of another [model]?")
 
 
-def _global_shapes(stages: Sequence[PipelineStage], groups: Groups) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for stage in stages:
-        for name, values in stage.weights():
-            for key, part in checkpoint_parts(name, values).items():
-                shape = list(part.shape)
-                if (dim := sharded_dim(values)) is not None:
-                    shape[dim] *= groups.tp.size()
+def _compare_state(step: Path, tensors: Sequence[ShardedTensor]) -> None:
+    """Refuse a step that lacks a state this run needs: a parameter that was frozen then."""
+    stored = _stored_shapes(step)
+    lacking = next((tensor.key for tensor in tensors if stored.get(tensor.key) != tuple(tensor.global_shape)), None)
+    error = None
+    if lacking is not None:
+        error = (
+            f"{step}: holds no optimizer state that fits {lacking.removeprefix(STATE_PREFIX)!r}. Go on with the same "
+            "training.trainable, or start a new run with checkpoint.initial."
+        )
+    raise_everywhere(error, CheckpointError)
+
+
+def _clear_added_rows(stages: Sequence[PipelineStage], groups: Groups) -> None:
+    """Rows that make the vocabulary divisible by tp are in no file: 0."""
+    with torch.no_grad():
+        for stage in stages:
+            for _, values in stage.weights():
                 if (rows := vocabulary_rows(values)) is not None:
-                    shape[0] = rows
-                shapes[key] = tuple(shape)
-    return shapes
+                    values[max(0, rows - groups.tp.rank() * values.shape[0]) :].zero_()
+
+
+def _optimizer_steps(optimizer: MegatronOptimizer) -> int:
+    """Updates that Adam's bias correction counts. Collective over the world: a rank without parameters has no group."""
+    mine = {int(group["step"]) for group in optimizer.param_groups}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    counts = set().union(*everyone)
+    assert len(counts) <= 1, f"groups of the optimizer count different steps: {counts}"
+    return counts.pop() if counts else 0
+
+
+def _dtype(stages: Sequence[PipelineStage]) -> str:
+    """Of the parameters, e.g. bfloat16."""
+    return next((str(values.dtype).removeprefix("torch.") for s in stages for _, values in s.weights()), "float32")
+
+
+def _rng_states() -> dict[str, torch.Tensor]:
+    """Copies of the states of all generators of this rank, uint8 on the host."""
+    states = {"host": torch.default_generator.get_state(), "device": backend.current().get_rng_state()}
+    for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items():
+        states[f"tracker.{name}"] = state
+    return {name: state.clone() for name, state in states.items()}
+
+
+def _set_rng_states(states: Mapping[str, torch.Tensor]) -> None:
+    torch.default_generator.set_state(states["host"])
+    backend.current().set_rng_state(states["device"])
+    trackers = {name.removeprefix("tracker."): state for name, state in states.items() if name.startswith("tracker.")}
+    tensor_parallel.get_cuda_rng_tracker().set_states(trackers)
+
+
+def _words(layout: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in layout.items())

@@ -1,12 +1,11 @@
 """A model on its ranks: built, filled, wrapped, stepped. Loop, tools and tests all drive this one."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,6 +127,9 @@ class Engine:
         self.wrapped: Sequence[Any] = self.stages
         self.overlap = parallel.overlap and optimizer_config is not None
         self._checked = False
+        self._bucket_parameters = bucket_parameters
+        self.saves = checkpoint.Saves()
+        self.optimizer: Any = None
         if optimizer_config is not None:
             self._started, self._computed = self.backend.event(), self.backend.event()
             self.wrapped = optimizer.wrap(
@@ -257,7 +259,7 @@ class Engine:
         model: dict[str, Any],
         *,
         training: dict[str, Any] | None = None,
-        form: Literal["reshardable", "fast"] = "reshardable",
+        form: checkpoint.Form = "reshardable",
         keep: int | None = None,
         asynchronous: bool = False,
     ) -> Path:
@@ -279,15 +281,28 @@ class Engine:
             CheckpointError: on every rank, if one of them could not write.
         """
         self.settle()
-        return checkpoint.save_weights(directory, step, self.stages, self.groups, model, training=training)
+        return checkpoint.save_step(
+            self.saves,
+            self._trainee(),
+            directory,
+            step,
+            model=model,
+            training=training or {},
+            form=form,
+            keep=keep,
+            asynchronous=asynchronous,
+        )
 
     def finish_saves(self, *, wait: bool) -> list[Path]:
         """The asynchronous saves that became whole since the last call. Collective over the world.
 
         Args:
             wait: until all of them are.
+
+        Raises:
+            CheckpointError: on every rank, if one could not be written.
         """
-        return []
+        return self.saves.finish(wait=wait)
 
     def resume(self, directory: str | os.PathLike[str]) -> Resumed | None:
         """Continue from the newest whole step of a folder; None if it holds no step. Collective over the world.
@@ -295,14 +310,25 @@ class Engine:
         Raises:
             CheckpointError: steps are there and none can be used, or they are of another [model].
         """
-        directory = Path(directory)
-        if not (directory / checkpoint.LATEST_FILE).exists():
+        path = checkpoint.find_newest(directory)
+        if path is None:
             return None
-        path = checkpoint.resolve_step(directory)
         _check_same_model(str(path), self.spec)
-        checkpoint.load_weights(path, self.stages, self.groups)
-        state = json.loads((path / "training.json").read_text())
+        state = checkpoint.load_training(path, self._trainee())
         return Resumed(step=state["step"], path=path, training=state["training"])
+
+    def _trainee(self) -> checkpoint.Trainee:
+        parallel = self.parallel
+        cut = {
+            "world": dist.get_world_size(),
+            "tp": parallel.tp,
+            "pp": parallel.pp,
+            "vpp": parallel.vpp,
+            "layers per stage": list(layout(parallel, len(self.spec.layers))),
+            "overlap": self.overlap,  # buckets, and with them the parts of dp ranks, depend on it
+            "bucket": self._bucket_parameters,
+        }
+        return checkpoint.Trainee(self.stages, self.groups, self.optimizer, cut)
 
     def _run(
         self, microbatches: Sequence[Microbatch], forward: Any, *, backward: bool, whole_gradients: bool = False

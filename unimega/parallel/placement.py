@@ -1,0 +1,199 @@
+"""Where each tensor of this rank lies in the global one: what megatron-core's checkpoints need to be free of layouts.
+
+Keys are parameter names; ``gate_up`` is stored as ``gate`` and ``up``; rows that were added to divide by tp are not
+stored. The state of the optimizer is cut over dp in flat ranges of this rank's shard: such a range is at most three
+rectangles (the end of a row, whole rows, the start of a row), so it is described, written and read where it lies.
+Nothing is gathered, and any tp, pp, vpp, layout and dp can read it.
+
+megatron-core's own ``fully_reshardable`` gathers 12 bytes per parameter on every rank, and in 0.16.1 writes shifted
+states if buckets are padded (it cuts buffers at offsets with padding out of a copy without); its ``dp_reshardable``
+fails where a rank's part of a bucket is all padding. Neither is used.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.optimizer import MegatronOptimizer
+
+from unimega.parallel.groups import Groups
+from unimega.parallel.parameter import checkpoint_parts, sharded_dim, vocabulary_rows
+from unimega.parallel.pipeline import PipelineStage
+
+Form = Literal["reshardable", "fast"]
+STATE_PREFIX = "optimizer."
+"""Of all keys that are no weights: ``{param, exp_avg, exp_avg_sq}.KEY``, ``fast.RANK...``, ``rng.RANK...`` after it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [first, first + rows) of a parameter's shard, which are one block of the global tensor ``key``."""
+
+    key: str
+    first: int
+    rows: int
+    shape: tuple[int, ...]
+    """Of the global tensor."""
+    offset: tuple[int, ...]
+    """Of the block in it."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """What this dp rank's optimizer holds of one parameter: elements [start, end) of its flat shard."""
+
+    name: str
+    parameter: torch.Tensor
+    duplicate: bool
+    start: int
+    end: int
+    states: dict[str, torch.Tensor]
+    """[end - start] each: exp_avg, exp_avg_sq and, if the parameter is not fp32 itself, param (the master weight)."""
+
+
+def parts(name: str, values: torch.Tensor, groups: Groups) -> list[Part]:
+    """The blocks of global tensors that a parameter's shard consists of; none if it holds added rows alone."""
+    tp, dim = groups.tp, sharded_dim(values)
+    found, first = [], 0
+    for key, part in checkpoint_parts(name, values).items():
+        shape, offset, rows = list(part.shape), [0] * part.ndim, part.shape[0]
+        if dim is not None:
+            offset[dim] = tp.rank() * shape[dim]
+            shape[dim] *= tp.size()
+        if (in_file := vocabulary_rows(values)) is not None:
+            shape[0] = in_file
+            rows = max(0, min(rows, in_file - offset[0]))
+        if rows:
+            found.append(Part(key, first, rows, tuple(shape), tuple(offset)))
+        first += part.shape[0]
+    return found
+
+
+def sharded_weights(stages: Sequence[PipelineStage], groups: Groups) -> list[ShardedTensor]:
+    """This rank's weights as views of the parameters; of their dp copies each is written by one rank, in turns."""
+    made = []
+    loads = [0] * groups.dp.size()
+    for stage in stages:
+        for name, values in stage.weights():
+            for part in parts(name, values, groups):
+                block = values.detach().narrow(0, part.first, part.rows)
+                writer = loads.index(min(loads))
+                loads[writer] += block.numel()
+                copy = (groups.dp.rank() - writer) % groups.dp.size()
+                made.append(
+                    _tensor(part.key, block, part.shape, part.offset, _replica(stage, name, values, groups, copy))
+                )
+    return made
+
+
+def sharded_optimizer(
+    optimizer: MegatronOptimizer, stages: Sequence[PipelineStage], groups: Groups, *, form: Form
+) -> list[ShardedTensor]:
+    """This rank's share of the optimizer's state, as views of it."""
+    made = []
+    for fragment in fragments(optimizer, stages):
+        for state, values in fragment.states.items():
+            if form == "fast":
+                made.append(_own(f"fast.{dist.get_rank()}.{state}.{fragment.name}", values))
+            else:
+                made += _blocks(fragment, state, values, groups)
+    return made
+
+
+def sharded_rng(states: dict[str, torch.Tensor]) -> list[ShardedTensor]:
+    """Random number generators of this rank, which no other can use."""
+    return [_own(f"rng.{dist.get_rank()}.{name}", state) for name, state in states.items()]
+
+
+def fragments(optimizer: MegatronOptimizer, stages: Sequence[PipelineStage]) -> Iterator[Fragment]:
+    """What megatron-core's distributed optimizer holds here, parameter by parameter; absent moments are made, as 0."""
+    names = {id(values): (stage, name) for stage in stages for name, values in stage.weights()}
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if inner.is_stub_optimizer:  # nothing to train on this rank
+            continue
+        for parameter, (group, place) in inner.model_param_group_index_map.items():
+            master = inner.optimizer.param_groups[group]["params"][place]
+            state: dict[str, torch.Tensor] = inner.optimizer.state[master]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment not in state:
+                    state[moment] = torch.zeros_like(master)
+            states = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            if parameter.dtype != torch.float32:
+                states["param"] = master
+            stage, name = names[id(parameter)]
+            range_ = inner._get_model_param_range_map(parameter)["param"]
+            flat = {key: values.detach().view(-1) for key, values in states.items()}
+            yield Fragment(name, parameter, _is_duplicate(stage, name), range_.start, range_.end, flat)
+
+
+def global_shapes(stages: Sequence[PipelineStage], groups: Groups) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights of the model by key. Collective over pp and tp."""
+    mine = {part.key: part.shape for s in stages for name, v in s.weights() for part in parts(name, v, groups)}
+    for group in (groups.tp, groups.pp):
+        everyone: list[Any] = [None] * group.size()
+        dist.all_gather_object(everyone, mine, group=group)
+        mine = {key: shape for shapes in everyone for key, shape in shapes.items()}
+    return mine
+
+
+def rectangles(start: int, end: int, columns: int) -> list[tuple[int, int, int, int]]:
+    """Elements [start, end) of a matrix of so many columns as (row, column, rows, columns), in order."""
+    found = []
+    while start < end:
+        row, column = divmod(start, columns)
+        if column or end - start < columns:
+            width = min(columns - column, end - start)
+            found.append((row, column, 1, width))
+            start += width
+        else:
+            rows = (end - start) // columns
+            found.append((row, 0, rows, columns))
+            start += rows * columns
+    return found
+
+
+def _blocks(fragment: Fragment, state: str, values: torch.Tensor, groups: Groups) -> list[ShardedTensor]:
+    """The rectangles of one state in the global tensors."""
+    parameter = fragment.parameter
+    columns = parameter.shape[1] if parameter.ndim == 2 else 1
+    replica = (int(fragment.duplicate), 0 if sharded_dim(parameter) is not None else groups.tp.rank(), 0)
+    made = []
+    for part in parts(fragment.name, parameter, groups):
+        first = part.first * columns
+        start, end = max(fragment.start, first), min(fragment.end, first + part.rows * columns)
+        taken = start - fragment.start
+        for row, column, rows, width in rectangles(start - first, end - first, columns):
+            block = values[taken : taken + rows * width]
+            taken += rows * width
+            offset: tuple[int, ...] = (part.offset[0] + row,)
+            if parameter.ndim == 2:
+                block, offset = block.view(rows, width), (*offset, part.offset[1] + column)
+            made.append(_tensor(f"{STATE_PREFIX}{state}.{part.key}", block, part.shape, offset, replica))
+    return made
+
+
+def _own(name: str, values: torch.Tensor) -> ShardedTensor:
+    """A flat tensor of this rank alone."""
+    return _tensor(STATE_PREFIX + name, values, tuple(values.shape), (0,), (0, 0, 0))
+
+
+def _tensor(
+    key: str, values: torch.Tensor, shape: tuple[int, ...], offset: tuple[int, ...], replica: tuple[int, int, int]
+) -> ShardedTensor:
+    # no axis_fragmentations: cuts may be unequal; torch checks at every save that they do not overlap or leave holes
+    return ShardedTensor(
+        key, values, values.dtype, tuple(values.shape), shape, offset, axis_fragmentations=None, replica_id=replica
+    )
+
+
+def _replica(stage: PipelineStage, name: str, values: torch.Tensor, groups: Groups, copy: int) -> tuple[int, int, int]:
+    """Which copy of a weight this is; (0, 0, 0) is written."""
+    return int(_is_duplicate(stage, name)), 0 if sharded_dim(values) is not None else groups.tp.rank(), copy
+
+
+def _is_duplicate(stage: PipelineStage, name: str) -> bool:
+    """The tied table lies on the last stage as well."""
+    return name == "embedding.weight" and not stage.pre_process
