@@ -160,6 +160,15 @@ class DataPlan:
             self._refuse_pack(number, window, items, modality, mask, expected)
         return Pack(tokens, modality, document, labels, mask)
 
+    def documents(self, pack: int) -> list[tuple[str, int]]:
+        """(name of the corpus, number of the document) of all that a pack holds."""
+        window = self._window_of(pack)
+        if window is None:
+            return []
+        at = pack - window.first_pack
+        items = window.packs.items[window.packs.starts[at] : window.packs.starts[at + 1]]
+        return [(self.corpora[window.corpus[item]].name, int(window.document[item])) for item in items.tolist()]
+
     def targets(self, step: int, *, global_batch_packs: int) -> npt.NDArray[np.int64]:
         """int64 [M]: targets per modality of the input token in all packs of a step; none has to be built for it."""
         total = np.zeros(len(self.vocabulary.names), dtype=np.int64)
