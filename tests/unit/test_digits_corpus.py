@@ -1,23 +1,15 @@
 """The digits corpus: what is in it, that it is the same each time, and that nothing held out is trained on."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "digits"
+from tests.examples import example
+from unimega.config.loader import load_run
+
 SETS = {"digits": 4311, "digits_warped": 24429, "held_out_t2i": 360, "held_out_i2t": 360}
-
-
-def example(name):
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(EXAMPLE))
 
 
 corpus = example("corpus")
@@ -119,8 +111,7 @@ def test_a_whole_corpus_is_kept_and_one_of_another_split_is_not(built):
 
 
 def test_run_file_is_sound(built):
-    demo, loader = example("demo"), importlib.import_module("unimega.config.loader")
-    config = loader.load_run(["--config", str(demo.run_file(built))])
+    config = load_run(["--config", str(example("training").run_file(built))])
     assert [Path(source.path) for source in config.data.train] == [built / "digits", built / "digits_warped"]
     assert config.model.vision_offset == len(corpus.vocabulary())
     assert config.model.vision_ids == (corpus.vocabulary()[corpus.VISION_START],)
@@ -128,11 +119,11 @@ def test_run_file_is_sound(built):
 
 
 def test_curve_is_compared_by_means_of_fifty_steps(tmp_path):
-    demo = example("demo")
+    curve = example("curve")
     metrics = tmp_path / "metrics.jsonl"
     lines = [{"step": step, "loss": 1.0, "loss_vision": 9.0, "loss_text": 9.0} for step in range(1, 60)]
     lines += [{"step": step, "loss": 1.0, "loss_vision": 2.24, "loss_text": 0.73} for step in range(51, 151)]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 151, "lo')
-    (point,) = demo.compare(demo.read_metrics(metrics))
+    (point,) = curve.compare(curve.read_metrics(metrics))
     assert (point.step, point.vision_in_range, point.text_in_range) == (100, True, False)
-    assert "*" in demo.table([point])
+    assert "*" in curve.table([point])
