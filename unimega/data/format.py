@@ -20,6 +20,8 @@ BLOCK_BYTES = 64 << 20
 """Bytes of `.bin` under one checksum of the sidecar."""
 SIDECAR_FORMAT = "unimega-data"
 SIDECAR_VERSION = 1
+DAMAGED = "The file is damaged; write it again."
+"""How the lines about broken files end."""
 
 TEXT, VISION = 0, 1
 MODALITY_BITS, CONTEXT_BIT, ROLE_SHIFT, ROLE_BITS = 0x07, 0x08, 4, 0x30
