@@ -63,6 +63,22 @@ def rms_norm_case(name: str, counts: tuple[int, ...], width: int, **options: Any
     return Case(name, leaves, lambda op, t: (op(t[0], tuple(t[1:]), counts, 1e-5),), **options)
 
 
+# add_rms_norm
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weights: Tensors, counts: Sequence[int], eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = (wide(x) + wide(residual)).to(x.dtype)
+    return rms_norm(total, weights, counts, eps), total
+
+
+def add_rms_norm_case(name: str, counts: tuple[int, ...], width: int, **options: Any) -> Case:
+    weights = (1 + 0.3 * noise(width, seed=m) for m in range(len(counts)))
+    leaves = (noise(sum(counts), width), noise(sum(counts), width, seed=5), *weights)
+    return Case(name, leaves, lambda op, t: op(t[0], t[1], tuple(t[2:]), counts, 1e-5), **options)
+
+
 # swiglu
 
 
@@ -294,6 +310,7 @@ def linear_cross_entropy_case(
 
 DEFINITIONS: dict[str, Any] = {
     "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
     "swiglu": swiglu,
     "qkv_prepare": qkv_prepare,
     "attention": attention,
@@ -309,6 +326,13 @@ CASES: dict[str, tuple[Case, ...]] = {
         rms_norm_case("first empty", (0, 5), 130),
         rms_norm_case("strided", (9, 7), 41, strided=True),
         rms_norm_case("no rows", (0,), 8),
+    ),
+    "add_rms_norm": (
+        add_rms_norm_case("one row", (1,), 7),
+        add_rms_norm_case("one weight", (33,), 64),
+        add_rms_norm_case("empty modality", (4, 0, 3), 41),
+        add_rms_norm_case("strided", (9, 7), 41, strided=True),
+        add_rms_norm_case("no rows", (0,), 8),
     ),
     "swiglu": (
         swiglu_case("one row", 1, 1),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels.canaries import guarded_buffers
 from tests.kernels.cases import CASES, DEFINITIONS, Case
 from tests.sync_guard import forbid_syncs
 from tests.tolerances import assert_as_good_as
@@ -74,7 +75,9 @@ def test_every_op_has_cases() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "impl", "case"), every_case())
 def test_matches_definition(op: str, impl: str, case: Case, dtype: torch.dtype) -> None:
-    got = run(registry.resolve(op, device=DEVICE, impl=impl), case, dtype)
+    function = registry.resolve(op, device=DEVICE, impl=impl)
+    with guarded_buffers():
+        got = run(function, case, dtype)
     low, exact = run(DEFINITIONS[op], case, dtype), run(DEFINITIONS[op], case, dtype, exact=True)
     for i, trio in enumerate(zip(got, low, exact, strict=True)):
         assert got[i].dtype == low[i].dtype
@@ -90,7 +93,11 @@ def test_fp64_stays_fp64(op: str, impl: str, case: Case) -> None:
         assert_as_good_as(mine, exact, exact, what=f"{op}, result {i}")
 
 
-@pytest.mark.parametrize(("op", "impl", "case"), every_case())
+INTERPRETED = DEVICE.type == "cpu"
+"""Triton runs in its interpreter, which reads memory as it goes."""
+
+
+@pytest.mark.parametrize(("op", "impl", "case"), every_case(lambda name: not (INTERPRETED and "-triton-" in name)))
 def test_never_waits_for_the_device(op: str, impl: str, case: Case) -> None:
     function = registry.resolve(op, device=DEVICE, impl=impl)
     calls = Calls()

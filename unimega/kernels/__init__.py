@@ -4,6 +4,7 @@ Importing the modules of the ops fills the table of ``registry``; a call site on
 """
 
 from unimega.kernels import (
+    add_rms_norm,
     attention,
     linear_cross_entropy,
     qkv_prepare,
@@ -13,4 +14,13 @@ from unimega.kernels import (
     swiglu,
 )
 
-__all__ = ["attention", "linear_cross_entropy", "qkv_prepare", "registry", "rms_norm", "split_linear", "swiglu"]
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "linear_cross_entropy",
+    "qkv_prepare",
+    "registry",
+    "rms_norm",
+    "split_linear",
+    "swiglu",
+]

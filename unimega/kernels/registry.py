@@ -14,6 +14,7 @@ import torch
 
 from unimega import log
 from unimega.errors import KernelUnavailable
+from unimega.kernels import availability
 
 _log = log.get(__name__)
 
@@ -37,6 +38,19 @@ class Impl:
     """Device types it can run on."""
     why_not: Callable[[torch.device], str | None] = _no_reason
     """Why it cannot run here (a package, a compute capability), in a few words; None: it can."""
+    only_named: frozenset[str] = frozenset()
+    """Device types on which ``auto`` passes it over, though it can run: Triton's interpreter shows numbers, slowly."""
+
+
+def triton(target: str) -> Impl:
+    """The row of a kernel in ``unimega.kernels.triton``; on a CPU its interpreter runs it, when named."""
+    return Impl(
+        "triton",
+        f"unimega.kernels.triton.{target}",
+        frozenset({"cuda", "cpu"}),
+        availability.triton,
+        only_named=frozenset({"cpu"}),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +117,8 @@ def resolve(op: str, *, device: torch.device, impl: str = "auto") -> Any:
     found = "; ".join(f"{name}: {reason or 'available'}" for name, reason in reasons.items())
     if impl != "auto" and impl not in reasons:
         raise KernelUnavailable(f"kernels.{op}={impl!r} is not an implementation. {found}.")
-    picked = next((row for row in impls if impl in ("auto", row.name) and reasons[row.name] is None), None)
+    wanted = _automatic(impls, device) if impl == "auto" else [row for row in impls if row.name == impl]
+    picked = next((row for row in wanted if reasons[row.name] is None), None)
     if picked is None:
         raise KernelUnavailable(f"kernels.{op}={impl!r} cannot run on {device.type}. {found}.")
     _announce(op, picked.name, device.type)
@@ -116,9 +131,14 @@ def rows(devices: tuple[torch.device, ...]) -> Iterator[Row]:
     for op, impls in _table.items():
         for device in devices:
             reasons = [why_not(impl, device) for impl in impls]
-            first = reasons.index(None) if None in reasons else -1
-            for i, (impl, reason) in enumerate(zip(impls, reasons, strict=True)):
-                yield Row(op, impl.name, device.type, reason, chosen=i == first)
+            automatic = _automatic(impls, device)
+            able = [impl for impl, reason in zip(impls, reasons, strict=True) if reason is None and impl in automatic]
+            for impl, reason in zip(impls, reasons, strict=True):
+                yield Row(op, impl.name, device.type, reason, chosen=impl in able[:1])
+
+
+def _automatic(impls: tuple[Impl, ...], device: torch.device) -> list[Impl]:
+    return [impl for impl in impls if device.type not in impl.only_named]
 
 
 @functools.cache

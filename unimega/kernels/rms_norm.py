@@ -67,4 +67,8 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
-registry.declare("rms_norm", registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE))
+registry.declare(
+    "rms_norm",
+    registry.triton("rms_norm:rms_norm"),
+    registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
+)

@@ -44,4 +44,8 @@ class _SwiGLU(torch.autograd.Function):
         return grad.to(gate_up.dtype)
 
 
-registry.declare("swiglu", registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE))
+registry.declare(
+    "swiglu",
+    registry.triton("swiglu:swiglu"),
+    registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
+)

@@ -1,0 +1,32 @@
+"""Why an implementation cannot run, without importing what it needs: the ``why_not`` of the tables."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+INTERPRET = "TRITON_INTERPRET"
+"""Environment variable that makes Triton run kernels in Python; read when triton is imported."""
+
+
+@functools.cache
+def missing(package: str) -> str | None:
+    """``X is not installed``, or None."""
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except ValueError:  # sys.modules holds None or a module without a spec
+        found = False
+    return None if found else f"{package} is not installed"
+
+
+def triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on a device: the package, an old GPU, or a CPU without the interpreter."""
+    if (reason := missing("triton")) is not None:
+        return reason
+    if device.type == "cpu":
+        interprets = os.environ.get(INTERPRET) == "1"
+        return None if interprets else f"runs on a CPU in its interpreter alone: set {INTERPRET}=1"
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    return None
