@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.distributed.faults import seal_again
 from tests.distributed.harness import run_dist
 from tests.models import PRESETS
 from unimega.config.schema import ParallelConfig
@@ -99,14 +99,6 @@ def refusals(folder: str, cases: list[tuple[str, dict[str, object], str]]) -> li
             lines.append(str(error))
         groups.destroy()
     return lines
-
-
-def seal_again(step: Path, name: str) -> None:
-    """Make a changed file what the manifest says."""
-    manifest = json.loads((step / "manifest.json").read_text())
-    data = (step / name).read_bytes()
-    manifest["files"][name] = {"bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
-    (step / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:

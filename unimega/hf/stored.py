@@ -1,18 +1,27 @@
-"""The weights of a checkpoint, read tensor by tensor: one process, no process group, no model."""
+"""A checkpoint tensor by tensor, read or written: one process, no process group, no model, one tensor in memory."""
 
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
 
-from unimega.errors import CheckpointError
-from unimega.parallel import checkpoint
+from unimega.errors import CheckpointError, UnimegaError
+from unimega.parallel import step_folder
 
 _OPTIMIZER = "optimizer."
+_COMMON_FILE, _FORMAT_FILE = "common.pt", "metadata.json"
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
+"""As megatron-core writes it."""
 
 
 class StoredWeights:
@@ -26,7 +35,8 @@ class StoredWeights:
         """
         self._step = step
         try:
-            entries = dcp.FileSystemReader(step).read_metadata().state_dict_metadata
+            self._reader = _Reader(step)
+            entries = self._reader.metadata.state_dict_metadata
         except (Exception, CheckpointException) as error:  # a pickle: whatever its bytes make it raise
             raise CheckpointError(
                 f"{step}: its metadata cannot be read ({_words(error)}). Take another step."
@@ -49,10 +59,21 @@ class StoredWeights:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that there is no process group: there is none on purpose
-                dcp.load(tensors, storage_reader=dcp.FileSystemReader(self._step), no_dist=True)
+                dcp.load(tensors, storage_reader=self._reader, no_dist=True)
         except (Exception, CheckpointException) as error:  # whatever reading raised; torch wraps it
             raise CheckpointError(f"{self._step}: cannot be read ({_words(error)}). Take another step.") from error
         return tensors
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the metadata once: torch does so for every tensor, and that of a large run has megabytes."""
+
+    def __init__(self, step: Path) -> None:
+        super().__init__(step)
+        self.metadata = super().read_metadata()
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        return self.metadata
 
 
 def open_step(path: Path) -> tuple[Path, StoredWeights]:
@@ -61,8 +82,65 @@ def open_step(path: Path) -> tuple[Path, StoredWeights]:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    step = checkpoint.resolve_step(path)
+    step = step_folder.resolve_step(path)
     return step, StoredWeights(step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unmade:
+    """A tensor that is made when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+
+def write_step(directory: Path, tensors: Mapping[str, Unmade], *, metadata: dict[str, Any]) -> None:
+    """Write step 0 of a new folder of steps; makes and writes one tensor after another.
+
+    Args:
+        directory: does not exist yet. It is whole once this returns: the caller writes under a temporary name.
+        metadata: goes to ``model.json``.
+
+    Raises:
+        OSError: the disk does not take it.
+        UnimegaError: what a ``make`` raised.
+    """
+    step = step_folder.step_folder(directory, 0)
+    step.mkdir(parents=True)
+    described = {key: torch.empty(one.shape, dtype=one.dtype, device="meta") for key, one in tensors.items()}
+    writer = dcp.FileSystemWriter(step, thread_count=1, per_thread_copy_ahead=0)  # 0: none is made ahead
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is no process group: there is none on purpose
+            dcp.save(described, storage_writer=writer, planner=_Planner(tensors), no_dist=True)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, OSError | UnimegaError):
+            raise cause from error
+        raise OSError(_words(error)) from error  # torch wraps what the disk says
+    torch.save({}, step / _COMMON_FILE)
+    (step / _FORMAT_FILE).write_text(json.dumps(_FORMAT))
+    (step / step_folder.MODEL_FILE).write_text(json.dumps(metadata, indent=1))
+    files = sorted(step.iterdir())
+    for file in files:
+        step_folder.sync(file)
+    step_folder.write_manifest(step, {file.name: step_folder.seal(file) for file in files})
+    step_folder.write_durably(directory / step_folder.LATEST_FILE, step.name)
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans with descriptions, and makes a tensor when torch asks for its values."""
+
+    def __init__(self, tensors: Mapping[str, Unmade]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        one = self._tensors[write_item.index.fqn]
+        made = one.make()
+        assert made.shape == one.shape and made.dtype == one.dtype, write_item.index.fqn
+        return made
 
 
 def _words(error: BaseException) -> str:

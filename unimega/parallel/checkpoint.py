@@ -28,7 +28,7 @@ from unimega.parallel.parameter import vocabulary_rows
 from unimega.parallel.pipeline import PipelineStage
 from unimega.parallel.placement import STATE_PREFIX, Form
 from unimega.parallel.saves import Saves, Step
-from unimega.parallel.step_folder import LATEST_FILE, MODEL_FILE, read_model, resolve_step
+from unimega.parallel.step_folder import LATEST_FILE, MODEL_FILE, damaged, read_model, resolve_step
 
 __all__ = [
     "LATEST_FILE",
@@ -37,6 +37,7 @@ __all__ = [
     "Form",
     "Saves",
     "Trainee",
+    "damaged",
     "find_newest",
     "load_training",
     "load_weights",
@@ -151,7 +152,7 @@ def load_weights(path: str | os.PathLike[str], stages: Sequence[PipelineStage], 
     """
     step = resolve_step(path)
     if fault := verify(step):
-        raise step_folder.damaged(step, fault)
+        raise damaged(step, fault)
     _fill(step, stages, groups)
 
 
@@ -211,14 +212,14 @@ def _load(step: Path, tensors: Sequence[ShardedTensor]) -> None:
             dist_checkpointing.load(named, str(step), validate_access_integrity=False)
     except (Exception, CheckpointException) as error:  # a dozen kinds, for files that change under our hands
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise step_folder.damaged(step, f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}") from error
+        raise damaged(step, f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}") from error
 
 
 def _stored_shapes(step: Path) -> dict[str, tuple[int, ...]]:
     try:
         stored = dist_checkpointing.load_tensors_metadata(str(step))
     except Exception as error:  # a pickle: whatever its bytes make it raise
-        raise step_folder.damaged(step, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise damaged(step, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     return {key: tuple(value.global_shape) for key, value in stored.items()}
 
 
