@@ -28,7 +28,7 @@ IN_FILE = [
     ({"training": {"lr": 1e-3}}, "run.toml: unknown key 'training.lr'. Did you mean 'optimizer.lr'?"),
     (
         {"logging": {"colour": 1}},
-        "run.toml: unknown key 'logging.colour'. Keys of [logging]: directory, every_steps, wandb.",
+        "run.toml: unknown key 'logging.colour'. Keys of [logging]: directory, every_steps, wandb, profile.",
     ),
     (
         {"model": {"init": {"linaer": 0.1}}},

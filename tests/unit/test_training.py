@@ -11,12 +11,13 @@ import torch.distributed as dist
 from tests.models import PRESETS, microbatch
 from tests.unit import config_cases
 from tests.unit.data_corpora import BOI, CODEBOOK, TEXT, VOCABULARY, random_documents, write
-from unimega.config.schema import OptimizerConfig, RunConfig
+from unimega.config.schema import OptimizerConfig, RunConfig, Source
 from unimega.data.plan import Recipe
 from unimega.errors import ConfigError, DataError
-from unimega.training import loop
+from unimega.training import loop, start
 from unimega.training.flops import step_flops
-from unimega.training.metrics import Clock, Metrics
+from unimega.training.metrics import Metrics, drop_after
+from unimega.training.progress import Clock
 from unimega.training.schedule import learning_rate
 
 OPTIMIZER = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
@@ -34,11 +35,26 @@ OPTIMIZER = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
         ("linear", 109, 0.109),
         ("constant", 109, 1.0),
         ("wsd", 98, 1.0),
+        ("wsd", 99, 1.0),
+        ("wsd", 100, 0.918),
         ("wsd", 110, 0.1),
     ],
 )
 def test_learning_rate(schedule: str, step: int, expected: float) -> None:
     assert learning_rate(step, 110, replace(OPTIMIZER, schedule=schedule)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_edges_of_the_schedules() -> None:
+    wsd = replace(OPTIMIZER, schedule="wsd", decay_share=0.5)
+    assert [learning_rate(step, 100, wsd) for step in (50, 75, 100)] == pytest.approx([1.0, 0.55, 0.1])
+    assert learning_rate(0, 100, replace(wsd, decay_share=1.0, warmup_steps=0)) == 1.0
+    for schedule in ("cosine", "linear", "wsd", "constant"):
+        all_warm = replace(OPTIMIZER, schedule=schedule, warmup_steps=4)
+        assert [learning_rate(step, 4, all_warm) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+        one = replace(OPTIMIZER, schedule=schedule, warmup_steps=0)
+        assert learning_rate(0, 1, one) == 1.0
+        rates = [learning_rate(step, 100, replace(OPTIMIZER, schedule=schedule)) for step in range(9, 100)]
+        assert rates == sorted(rates, reverse=True) and min(rates) >= 0.1
 
 
 def test_flops_are_six_per_weight_and_token_plus_attention() -> None:
@@ -77,6 +93,13 @@ def test_pauses_belong_to_no_step() -> None:
     assert clock.left(9, 18) == 114.0
 
 
+def test_the_clock_of_a_resumed_run_counts_its_own_steps() -> None:
+    times = iter([0.0, 4.0, 4.0])
+    clock = Clock(100, now=lambda: next(times))
+    assert clock.lap(102) == 2.0
+    assert clock.left(102, 112) == 20.0
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """A run on a small corpus whose tokenizer names the vision ids, in an empty folder."""
@@ -103,13 +126,81 @@ def test_a_folder_that_cannot_be_made(section: str, run: RunConfig) -> None:
         assert refusal(changed) == line
 
 
-@pytest.mark.parametrize(("section", "name"), [("checkpoint", "latest"), ("logging", "metrics.jsonl")])
-def test_a_folder_of_an_earlier_run(section: str, name: str, run: RunConfig) -> None:
-    folder = Path(getattr(run, section).directory)
+def test_the_records_of_another_run_are_not_touched(run: RunConfig) -> None:
+    folder = Path(run.logging.directory)
     folder.mkdir()
-    (folder / name).write_text("{}\n")
-    line = f"{section}.directory={str(folder)!r} holds {name} of an earlier run, and resuming is not built yet. "
-    assert refusal(run) == line + "Name another directory, or remove this one."
+    (folder / "metrics.jsonl").write_text("{}\n")
+    line = f"logging.directory={str(folder)!r} holds metrics.jsonl of another run than checkpoint.directory="
+    assert refusal(run) == line + f"{run.checkpoint.directory!r}. Name another directory, or remove this one."
+    assert (folder / "metrics.jsonl").read_text() == "{}\n"
+
+
+def resumed(run: RunConfig, **changes: dict[str, object]) -> RunConfig:
+    """A run whose folders hold a step of ``run``, with keys changed."""
+    folder = Path(run.checkpoint.directory)
+    (folder / "step-00000003").mkdir(parents=True, exist_ok=True)
+    start.write_run(run)
+    for section, keys in changes.items():
+        run = replace(run, **{section: replace(getattr(run, section), **keys)})
+    return run
+
+
+@pytest.mark.parametrize(
+    "section, keys, line",
+    [
+        ("model", {"norm_eps": 1e-5}, "model.norm_eps was 1e-06, is 1e-05"),
+        ("data", {"seed": 2}, "data.seed was 1, is 2"),
+        ("data", {"pack_length": 192}, "data.pack_length was 96, is 192"),
+        ("data", {"train": (Source(path="b"),)}, 'data.train was [{"path": "a", "weight": 1.0'),
+        ("training", {"trainable": ("*_vision",)}, 'training.trainable was ["*"], is ["*_vision"]'),
+    ],
+)
+def test_what_may_not_change_in_the_middle_of_a_run(section: str, keys: dict, line: str, run: RunConfig) -> None:
+    told = refusal(resumed(loop.resolved(run), **{section: keys}))
+    assert told.startswith(f"{run.checkpoint.directory}/run.json: {line}")
+    before = (Path(run.checkpoint.directory) / "run.json").read_text()
+    assert json.loads(before) == json.loads(json.dumps(asdict(loop.resolved(run))))
+
+
+def test_what_may_change_is_logged(run: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "unimega")
+    run = loop.resolved(run)
+    Path("moved").mkdir()
+    moved = (replace(run.data.train[0], path="moved/a"),)
+    start.check_before(
+        resumed(run, optimizer={"lr": 2e-4}, training={"steps": 40}, data={"train": moved, "evaluation": ("a",)})
+    )
+    (line,) = caplog.messages
+    assert line.endswith(
+        'data.evaluation was [], is ["a"]; optimizer.lr was 0.0001, is 0.0002; training.steps was 20, is 40'
+    )
+    caplog.clear()
+    start.check_before(resumed(run, data={"seed": 2, "allow_change": True}))
+    assert caplog.messages[0].startswith("data.seed was 1, is 2: from here on the order is another one")
+
+
+def test_a_damaged_run_file_is_told_and_left(run: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    changed = resumed(run, data={"seed": 2})
+    (Path(run.checkpoint.directory) / "run.json").write_text('{"model": ')
+    start.check_before(changed)
+    assert "cannot be read" in caplog.text
+
+
+def test_records_that_come_again_are_dropped_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert drop_after(tmp_path, 3) == 0 and not file.exists()
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 6)]
+    lines.insert(3, json.dumps({"step": 3, "evaluation/a/loss_text": 1.0}))
+    file.write_text("\n".join(lines) + '\n{"step": 6, "lo')
+    assert drop_after(tmp_path, 5) == 1
+    inode = file.stat().st_ino
+    assert drop_after(tmp_path, 5) == 0 and file.stat().st_ino == inode
+    assert drop_after(tmp_path, 3) == 2
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 3]
+    file.write_text('{"step": 1}\n{"step": 2, "lo{"step": 2}\nnull\n{"step": 3}\n')
+    assert drop_after(tmp_path, 3) == 2 and len(file.read_text().splitlines()) == 2
+    assert drop_after(tmp_path, 0) == 2 and file.read_text() == ""
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_missing_held_out_corpus_is_told_before_ranks_meet(run: RunConfig) -> None:
@@ -128,7 +219,9 @@ def test_vision_ids_of_the_tokenizer_are_kept_in_the_run(run: RunConfig) -> None
 def test_every_key_of_the_data_reaches_the_plan(run: RunConfig) -> None:
     data = replace(run.data, overlong="drop", evaluation=("a",))
     plan, evaluations = loop.plans(loop.resolved(replace(run, data=data)))
-    assert plan.recipe == Recipe(**{k: v for k, v in asdict(data).items() if k not in ("train", "evaluation")})
+    assert plan.recipe == Recipe(
+        **{k: v for k, v in asdict(data).items() if k not in ("train", "evaluation", "allow_change")}
+    )
     assert plan.recipe.overlong == "drop" and list(evaluations) == ["a"]
     training = replace(run.training, evaluate_every_steps=0)
     assert not loop.plans(loop.resolved(replace(run, data=data, training=training)))[1]

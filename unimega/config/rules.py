@@ -1,6 +1,5 @@
 """What must hold between the keys of a run: one function per rule, and the values that follow from several keys."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
@@ -193,23 +192,12 @@ AT_LEAST = (
     ("training.micro_batch_packs", 1),
     ("training.seed", 0),
     ("training.evaluate_every_steps", 0),
+    ("training.max_skipped_steps", 0),
     ("checkpoint.every_steps", 0),
     ("checkpoint.every_minutes", 0),
     ("checkpoint.keep", 1),
     ("logging.every_steps", 1),
 )
-
-
-def _not_built_yet(config: RunConfig) -> None:
-    """Keys that exist for the runs to come; a value that would be ignored is refused."""
-    for key, default in (
-        ("logging.wandb", False),
-        ("checkpoint.every_minutes", 0),
-        ("checkpoint.optimizer", "reshardable"),
-    ):
-        section, name = key.split(".")
-        if (value := getattr(getattr(config, section), name)) != default:
-            raise ConfigError(f"{key}={json.dumps(value)} is not built yet. Set {key} = {json.dumps(default)}.")
 
 
 def _at_least(config: RunConfig) -> None:
@@ -251,9 +239,24 @@ def _schedule(config: RunConfig) -> None:
             f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}. "
             "Lower min_lr, e.g. to a tenth of lr."
         )
+    if not 0 < optimizer.decay_share <= 1:
+        raise ConfigError(f"optimizer.decay_share={optimizer.decay_share} is out of range. It is above 0, at most 1.")
     if optimizer.warmup_steps > steps:
         raise ConfigError(
             f"optimizer.warmup_steps={optimizer.warmup_steps} is more than training.steps={steps}. Shorten the warm-up."
+        )
+
+
+def _timeout(config: RunConfig) -> None:
+    if config.parallel.timeout_minutes <= 0:
+        raise ConfigError(f"parallel.timeout_minutes={config.parallel.timeout_minutes} is too small. It is above 0.")
+
+
+def _profile(config: RunConfig) -> None:
+    if config.logging.profile is not None and not 1 <= config.logging.profile[0] <= config.logging.profile[1]:
+        raise ConfigError(
+            f"logging.profile={list(config.logging.profile)} is out of range. "
+            "Give the first and the last step to trace, counted from 1."
         )
 
 
@@ -317,12 +320,13 @@ def _loss_weights(config: RunConfig) -> None:
 
 RULES: tuple[Callable[[RunConfig], None], ...] = (
     _at_least,
-    _not_built_yet,
     _positive,
     _betas,
     _rates,
     _trainable,
     _schedule,
+    _timeout,
+    _profile,
     _sources,
     _evaluation,
     _initial,

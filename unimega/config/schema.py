@@ -122,6 +122,8 @@ class DataConfig:
     """Tokens that mixture and packing plan at a time; small runs set less."""
     seed: int = 1
     """Seed of the order of documents and of every draw at load time."""
+    allow_change: bool = False
+    """Resume although [data] or a corpus changed: the order goes on as another one, documents come again or never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,8 @@ class ParallelConfig:
     """Tensor-parallel size inside experts."""
     overlap: bool = True
     """Reduce gradients and gather parameters while computing."""
+    timeout_minutes: float = 30.0
+    """Minutes that a rank waits for the others before it names the one that is missing and ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +171,7 @@ class OptimizerConfig:
     lr: float = 1e-4
     """Peak learning rate."""
     min_lr: float = 1e-5
-    """Learning rate at the last step (not used by the constant schedule)."""
+    """Learning rate that the fall ends at, once the last step is done (not used by the constant schedule)."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices and embeddings; none on norms and biases."""
     eps: float = 1e-8
@@ -180,6 +184,8 @@ class OptimizerConfig:
     """Course of the learning rate after the warm-up."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
+    decay_share: float = 0.1
+    """wsd: share of the run, at its end, in which the rate falls; above 0, at most 1."""
     rates: tuple[Rate, ...] = ()
     """Factors for parameters by name: a list of tables with match and factor."""
 
@@ -206,6 +212,8 @@ class TrainingConfig:
     """Seed of the initial weights."""
     evaluate_every_steps: int = 500
     """Steps between evaluations, with one after the last step; 0: none at all."""
+    max_skipped_steps: int = 3
+    """Updates in a row that are left out for a loss or gradient that is not finite; one more ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,11 +221,11 @@ class CheckpointConfig:
     """When and where the run is saved."""
 
     directory: str
-    """Folder of the step folders."""
+    """Folder of the step folders. A run whose folder holds steps goes on from the newest whole one."""
     every_steps: int = 500
     """Steps between checkpoints, with one after the last step; 0: only that one."""
     every_minutes: float = 0.0
-    """Minutes between checkpoints; 0: only by steps. Not built yet: stays 0."""
+    """Minutes between checkpoints, beside those by steps; 0: only by steps."""
     keep: int = 3
     """How many of the latest checkpoints are kept."""
     optimizer: Literal["reshardable", "fast"] = "reshardable"
@@ -233,11 +241,13 @@ class LoggingConfig:
     """Where the metrics go."""
 
     directory: str
-    """Folder of metrics.jsonl; one that holds records already is refused."""
+    """Folder of metrics.jsonl, tensorboard/ and profile/; one that holds another run's records is refused."""
     every_steps: int = 10
     """Steps between records."""
     wandb: bool = False
-    """Also send the metrics to Weights and Biases. Not built yet: stays false."""
+    """Also send the metrics to Weights and Biases; its own WANDB_ variables say which project, and whether offline."""
+    profile: tuple[int, int] | None = None
+    """First and last step of a torch.profiler trace, e.g. [10, 12]; one file per rank. Absent: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

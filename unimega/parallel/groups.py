@@ -38,6 +38,7 @@ def initialize(parallel: ParallelConfig, *, seed: int = 1) -> Groups:
         parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=parallel.timeout_minutes,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
         create_gloo_process_groups=False,

@@ -1,11 +1,8 @@
-"""A run from its configuration to its last checkpoint."""
+"""A run from its configuration to its last checkpoint, and on from there."""
 
 import datetime
-import errno
-import json
-import math
 import os
-import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -20,35 +17,41 @@ from unimega.config.schema import DataConfig, RunConfig
 from unimega.data.corpus import Source, vision_ids
 from unimega.data.loader import Loader, Place, StepBatch
 from unimega.data.plan import DataPlan, Recipe
-from unimega.errors import ConfigError, UnimegaError
-from unimega.parallel.checkpoint import LATEST_FILE, read_model
-from unimega.training.engine import DTYPES, Engine, StepResult
+from unimega.errors import CheckpointError
+from unimega.parallel.agreement import check_equal
+from unimega.parallel.checkpoint import read_model
+from unimega.training import start
+from unimega.training.engine import DTYPES, Engine, Resumed, StepResult
+from unimega.training.evaluation import evaluate
 from unimega.training.flops import step_flops
-from unimega.training.metrics import FILE, Clock, Metrics
+from unimega.training.guard import Guard
+from unimega.training.metrics import Metrics, drop_after
+from unimega.training.progress import Clock, Progress
 from unimega.training.schedule import learning_rate
-
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-RUN_FILE = "run.json"
+from unimega.training.signals import Signals, held
+from unimega.training.start import Position
 
 logger = log.get(__name__)
 
 
 def train(config: RunConfig) -> None:
-    """Train as ``config`` says, on the ranks that torchrun started. Collective over the world.
+    """Train as ``config`` says, on the ranks that torchrun started; go on if its folders hold steps. Collective.
 
     Raises:
-        UnimegaError: one line; among others when another run's files are in the way, a corpus does not fit the model,
-            replicas differ after the first step, or the loss is no number. The process group is left to the exit then.
+        UnimegaError: one line; among others when the folders hold another run, a corpus does not fit the model,
+            replicas differ after the first step, or losses are no numbers. The process group is left to the exit then.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     log.setup(rank=rank, world=world)
-    _prepare_folders(config)
+    start.prepare_folders(config)
     config = resolved(config)
+    start.check_before(config)
     plan, evaluations = plans(config)
-    spec = presets.model_spec(config.model)
-    backend.current().init_process_group(timeout=COLLECTIVE_TIMEOUT)
+    goes_on = start.holds_steps(config.checkpoint.directory)
+    backend.current().init_process_group(timeout=datetime.timedelta(minutes=config.parallel.timeout_minutes))
+    check_equal(config_loader.dump(config) | {"there are steps in checkpoint.directory": goes_on})
     engine = Engine(
-        spec,
+        presets.model_spec(config.model),
         config.parallel,
         optimizer_config=config.optimizer,
         precision=config.training.precision,
@@ -56,72 +59,125 @@ def train(config: RunConfig) -> None:
         trainable=config.training.trainable,
         kernels=config.kernels,
         seed=config.training.seed,
-        initial=config.checkpoint.initial,
+        initial="" if goes_on else config.checkpoint.initial,
     )
-    Run(config, engine, plan, evaluations).train()
+    Run(config, engine, plan, evaluations, engine.resume(config.checkpoint.directory)).train()
     engine.close()  # after an error this would wait for ranks that are gone, and hide the error
     dist.destroy_process_group()
 
 
 class Run:
-    """The state of one training: engine, data, clock."""
+    """The state of one training: engine, data, clock.
 
-    def __init__(self, config: RunConfig, engine: Engine, plan: DataPlan, evaluations: Mapping[str, DataPlan]) -> None:
+    Args:
+        config: resolved.
+        engine: filled; on resuming with what the checkpoint held.
+        plan: of the training data.
+        evaluations: of the held-out corpora, by name.
+        resumed: where it goes on; None: at the beginning.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        plan: DataPlan,
+        evaluations: Mapping[str, DataPlan],
+        resumed: Resumed | None,
+    ) -> None:
         self.config, self.engine, self.plan, self.evaluations = config, engine, plan, evaluations
         self.is_main = dist.get_rank() == 0
-        groups, training = engine.groups, config.training
-        self.place = Place(
-            global_batch_packs=training.global_batch_packs,
-            micro_batch_packs=training.micro_batch_packs,
-            dp_rank=groups.dp.rank(),
-            dp=groups.dp.size(),
-            tp_rank=groups.tp.rank(),
-            tp=groups.tp.size(),
-            sequence_parallel=engine.config.sequence_parallel,
-            cross_document=config.model.cross_document,
-        )
+        self.place = _place(config, engine)
         names = engine.spec.modalities
-        self.loss_weights = tuple(training.loss_weights.get(name, 1.0) for name in names)
-        dtype = DTYPES[training.precision]
-        device = engine.backend
-        self.peak_flops = (device.peak_flops(dtype) or device.measured_gemm_flops(dtype)) * dist.get_world_size()
-        self.metrics = Metrics(config.logging.directory if self.is_main else None)
-        self.saved: list[Path] = []
+        self.loss_weights = tuple(config.training.loss_weights.get(name, 1.0) for name in names)
+        self.guard = Guard(config.training.max_skipped_steps, self._sources)
+        self.signals = Signals()
+        self.step = self.saved = resumed.step if resumed else 0
+        self.position = Position()
+        if resumed:
+            state = resumed.training
+            if "data" not in state:
+                raise CheckpointError(
+                    f"{resumed.path}: was not saved by a training. Name it in checkpoint.initial, another folder in "
+                    "checkpoint.directory."
+                )
+            self.guard.restore(state["guard"])
+            self.position = Position.restored(state["data"], plan, allow_change=config.data.allow_change)
+        self.offset = self.position.step(self.place.global_batch_packs) - self.step
         self.model = {"spec": engine.spec.to_dict(), "model": config_loader.dump(config)["model"]}
-        if config.checkpoint.initial and "source" in (start := read_model(config.checkpoint.initial)):
-            self.model["source"] = start["source"]  # original names, for gradients and exports
+        source = resumed.path if resumed else config.checkpoint.initial
+        if source and "source" in (stored := read_model(source)):
+            self.model["source"] = stored["source"]  # original names, for gradients and exports
 
     def train(self) -> None:
-        """All steps, with logging, evaluation and saving on the way."""
+        """All steps that are left, with logging, evaluation and saving on the way."""
         config, steps = self.config, self.config.training.steps
+        if self.step >= steps:
+            logger.info(
+                "all %d steps are done, %s holds step %d: nothing to do. A larger training.steps goes on from there",
+                steps,
+                config.checkpoint.directory,
+                self.step,
+            )
+            return
+        dtype, device = DTYPES[config.training.precision], self.engine.backend
+        self.peak_flops = (device.peak_flops(dtype) or device.measured_gemm_flops(dtype)) * dist.get_world_size()
         self._describe()
-        loader = Loader(self.plan, self.place, self.loss_weights, last_step=steps)
-        clock = Clock()
+        self.metrics = self._open_metrics()
+        loader = Loader(
+            self.plan,
+            self.place,
+            self.loss_weights,
+            first_step=self.step + self.offset,
+            last_step=steps + self.offset,
+        )
+        self.clock, self.last_save = Clock(self.step), time.monotonic()
+        self.progress = Progress(
+            self.engine.spec.modalities, steps=steps, every=config.logging.every_steps, first=self.step
+        )
         try:
-            for batch in loader:
-                lr = learning_rate(batch.step, steps, config.optimizer)
-                result = self.engine.step([backend.to_device(b) for b in batch.microbatches], lr=lr)
-                step = batch.step + 1
-                if not math.isfinite(result.loss):
-                    packs = f"{batch.step * self.place.global_batch_packs} and following"
-                    raise UnimegaError(f"step {step}: the loss is {result.loss} (packs {packs}). Lower optimizer.lr.")
-                if step % config.logging.every_steps == 0 or step == steps:
-                    self._log(step, batch, result, lr, clock)
-                with clock.paused():
-                    if self.evaluations and self._is_due(step, config.training.evaluate_every_steps):
-                        self._evaluate(step)
-                    if self._is_due(step, config.checkpoint.every_steps):
-                        self._save(step)
+            with self.signals.listening():
+                for batch in loader:
+                    if self._advance(batch):
+                        break
+                self.engine.finish_saves(wait=True)
         finally:
+            log.live("")
             loader.close()
-            self.metrics.close()
+            if self.metrics:
+                self.metrics.close()
 
-    def _is_due(self, step: int, every: int) -> bool:
+    def _advance(self, batch: StepBatch) -> bool:
+        """One step and what follows it; whether a signal ends the run here."""
+        config = self.config
+        step, packs = self.step + 1, self.place.global_batch_packs
+        lr = learning_rate(self.step, config.training.steps, config.optimizer)
+        result = self.engine.step([backend.to_device(b) for b in batch.microbatches], lr=lr, share=self._share)
+        self.guard.look(step, result, range(batch.step * packs, (batch.step + 1) * packs))
+        self.step, self.position = step, Position((batch.step + 1) * packs)
+        if step % config.logging.every_steps == 0 or step == config.training.steps:
+            self._log(batch, result, lr)
+        stop, minutes_are_up = (number > 0 for number in result.shared[:2])
+        with self.clock.paused():
+            if self.evaluations and not stop and self._is_due(config.training.evaluate_every_steps):
+                self._evaluate()
+            if stop or minutes_are_up or self._is_due(config.checkpoint.every_steps):
+                self._save()
+        if stop:
+            logger.info("step %d  stopped by a signal; the same command goes on from here", step)
+        return stop
+
+    def _share(self) -> list[float]:
+        """What the ranks tell each other in a step: whether one was asked to stop, whether it is time to save."""
+        minutes = self.config.checkpoint.every_minutes
+        is_time = self.is_main and minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
+        return [float(self.signals.asked), float(is_time)]
+
+    def _is_due(self, every: int) -> bool:
         """Every so many steps (0: never) and after the last one."""
-        return step == self.config.training.steps or (every > 0 and step % every == 0)
+        return self.step == self.config.training.steps or (every > 0 and self.step % every == 0)
 
     def _describe(self) -> None:
-        parameters = len(self.engine.parameter_names)
         logger.info(
             "%s on %s, world %d: tp %d, pp %d (vpp %d), dp %d; %d parameters by name; %.1f GFLOP/s at most",
             self.config.model.preset,
@@ -131,19 +187,27 @@ class Run:
             self.config.parallel.pp,
             self.config.parallel.vpp,
             self.place.dp,
-            parameters,
+            len(self.engine.parameter_names),
             self.peak_flops / 1e9,
         )
-        if self.is_main:
-            file = Path(self.config.checkpoint.directory) / RUN_FILE
-            file.write_text(json.dumps(config_loader.dump(self.config), indent=1))
+        if self.step:
+            logger.info("going on after step %d of %s", self.step, self.config.checkpoint.directory)
 
-    def _log(self, step: int, batch: StepBatch, result: StepResult, lr: float, clock: Clock) -> None:
+    def _open_metrics(self) -> Metrics | None:
+        """On rank 0: the run stored beside its checkpoints, and the records of steps that come again taken out."""
+        if not self.is_main:
+            return None
+        if dropped := drop_after(self.config.logging.directory, self.step):
+            logger.info("%d records after step %d are dropped: these steps come again", dropped, self.step)
+        start.write_run(self.config)
+        return Metrics(self.config.logging.directory)
+
+    def _log(self, batch: StepBatch, result: StepResult, lr: float) -> None:
         """One record; rates are means since the last one."""
-        seconds = clock.lap(step)
+        seconds = self.clock.lap(self.step)
         tokens = self.place.global_batch_packs * self.config.data.pack_length
         flops = step_flops(self.engine.spec, batch.microbatches) * self.place.dp
-        record: dict[str, Any] = {"step": step, "loss": result.loss}
+        record: dict[str, Any] = {"step": self.step, "loss": result.loss}
         record |= modality_losses(self.engine.spec.modalities, result.sums, batch.targets, self.loss_weights)
         record |= {
             "grad_norm": result.grad_norm,
@@ -151,51 +215,66 @@ class Run:
             "tokens_per_s": tokens / seconds,
             "mfu": flops / seconds / self.peak_flops,
             "memory_bytes": self.engine.backend.memory_peak(),
+            "skipped_steps": self.guard.skipped,
         }
-        self.metrics.write(record)
-        steps = self.config.training.steps
-        if step % max(self.config.logging.every_steps, steps // 100) == 0 or step <= 3 or step == steps:
-            parts = [
-                f"{key} {record[f'loss_{key}']:.4f}" for key in self.engine.spec.modalities if record[f"loss_{key}"]
-            ]
-            logger.info(
-                "step %d/%d  loss %.4f  %s  norm %.3f  lr %.2e  %.0f tokens/s  mfu %.1f %%  %s left",
-                step,
-                steps,
-                result.loss,
-                "  ".join(parts),
-                result.grad_norm,
-                lr,
-                record["tokens_per_s"],
-                100 * record["mfu"],
-                datetime.timedelta(seconds=round(clock.left(step, steps))),
-            )
+        self._write(record)
+        self.progress.show(record, self.clock.left(self.step, self.config.training.steps))
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self) -> None:
         """Mean cross-entropy per modality on every held-out corpus."""
-        names = self.engine.spec.modalities
-        record: dict[str, Any] = {"step": step}
-        for corpus, plan in self.evaluations.items():
-            counts, totals = [0] * len(names), [0.0] * len(names)
-            last = plan.num_steps(self.place.global_batch_packs)
-            for batch in Loader(plan, self.place, [1.0] * len(names), last_step=last):
-                _, *sums = self.engine.evaluate([backend.to_device(b) for b in batch.microbatches])
-                totals = [a + b for a, b in zip(totals, sums, strict=True)]
-                counts = [a + b for a, b in zip(counts, batch.targets, strict=True)]
-            for name, total, count in zip(names, totals, counts, strict=True):
-                if count:
-                    record[f"evaluation/{corpus}/loss_{name}"] = total / count
-        self.metrics.write(record)
-        values = "  ".join(f"{k.removeprefix('evaluation/')} {v:.4f}" for k, v in record.items() if k != "step")
-        logger.info("step %d  held out: %s", step, values)
+        record = evaluate(self.engine, self.evaluations, self.place)
+        self._write({"step": self.step} | record)
+        values = "  ".join(f"{key.removeprefix('evaluation/')} {value:.4f}" for key, value in record.items())
+        logger.info("step %d  held out: %s", self.step, values)
 
-    def _save(self, step: int) -> None:
-        self.saved.append(self.engine.save(self.config.checkpoint.directory, step, self.model))
-        logger.info("step %d  saved %s", step, self.saved[-1])
-        while len(self.saved) > self.config.checkpoint.keep:
-            old = self.saved.pop(0)
-            if self.is_main:
-                shutil.rmtree(old)
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.metrics:
+            self.metrics.write(record)
+
+    def _save(self) -> None:
+        """A checkpoint of this step, once; signals that come meanwhile wait."""
+        if self.saved == self.step:
+            return
+        if self.metrics:
+            self.metrics.sync()
+        config = self.config.checkpoint
+        state = {"guard": self.guard.state(), "data": self.position.state(self.plan)}
+        with held():
+            self.engine.save(
+                config.directory,
+                self.step,
+                self.model,
+                training=state,
+                form=config.optimizer,
+                keep=config.keep,
+                asynchronous=config.asynchronous,
+            )
+        self.saved, self.last_save = self.step, time.monotonic()
+
+    def _sources(self, packs: Sequence[int]) -> str:
+        """The documents of some packs by corpus, the first few of each."""
+        found: dict[str, list[int]] = {}
+        for pack in packs:
+            for corpus, document in self.plan.documents(pack):
+                found.setdefault(corpus, []).append(document)
+        return "; ".join(
+            f"{corpus} documents {' '.join(map(str, documents[:16]))}{' ...' if len(documents) > 16 else ''}"
+            for corpus, documents in found.items()
+        )
+
+
+def _place(config: RunConfig, engine: Engine) -> Place:
+    groups = engine.groups
+    return Place(
+        global_batch_packs=config.training.global_batch_packs,
+        micro_batch_packs=config.training.micro_batch_packs,
+        dp_rank=groups.dp.rank(),
+        dp=groups.dp.size(),
+        tp_rank=groups.tp.rank(),
+        tp=groups.tp.size(),
+        sequence_parallel=engine.config.sequence_parallel,
+        cross_document=config.model.cross_document,
+    )
 
 
 def modality_losses(
@@ -204,29 +283,6 @@ def modality_losses(
     """Mean cross-entropy per modality; None where no loss was computed: no target in the batch, or its weight is 0."""
     rows = zip(names, sums, targets, weights, strict=True)
     return {f"loss_{name}": total / count if count and weight else None for name, total, count, weight in rows}
-
-
-def _prepare_folders(config: RunConfig) -> None:
-    """Refuse folders that an earlier run filled and make the others, on all ranks: nodes may not share a disk."""
-    for key, directory, name in (
-        ("checkpoint.directory", config.checkpoint.directory, LATEST_FILE),
-        ("logging.directory", config.logging.directory, FILE),
-    ):
-        folder = Path(directory)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            filled = (folder / name).exists() and (folder / name).stat().st_size > 0
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        except OSError as error:
-            raise ConfigError(
-                f"{key}={directory!r} is no folder that can be written ({error.strerror}). Name another one."
-            ) from error
-        if filled:
-            raise ConfigError(
-                f"{key}={directory!r} holds {name} of an earlier run, and resuming is not built yet. "
-                "Name another directory, or remove this one."
-            )
 
 
 def resolved(config: RunConfig) -> RunConfig:

@@ -1,61 +1,70 @@
-"""What a run says of itself: one JSON line per record in ``metrics.jsonl``, and the clock behind its rates."""
+"""What a run says of itself in ``metrics.jsonl``: one JSON line per record, each step once also after a restart."""
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 from typing import Any
 
+from unimega import log
+
 FILE = "metrics.jsonl"
+
+logger = log.get(__name__)
 
 
 class Metrics:
-    """Appends records to a folder that exists; on ranks that do not write (``directory`` None) it does nothing."""
+    """Appends records to a folder that exists."""
 
-    def __init__(self, directory: str | None) -> None:
-        self._file = None
-        if directory is not None:
-            self._file = (Path(directory) / FILE).open("a", encoding="utf-8")
+    def __init__(self, directory: str) -> None:
+        self._file = (Path(directory) / FILE).open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """One line, flushed, so that a killed run keeps what it logged; NaN and infinity become null."""
-        if self._file is not None:
-            clean = {key: None if isinstance(v, float) and v - v != 0 else v for key, v in record.items()}
-            self._file.write(json.dumps(clean) + "\n")
-            self._file.flush()
+        clean = {key: None if isinstance(v, float) and v - v != 0 else v for key, v in record.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Have it on the disk: a checkpoint of step N stands for the records up to N."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
-class Clock:
-    """Seconds of a step, without what the loop does between steps.
+def drop_after(directory: str | os.PathLike[str], step: int) -> int:
+    """Take the records after a step out of ``metrics.jsonl``, and a last line that a killed run left torn.
 
-    Args:
-        now: seconds that only grow.
+    The file is replaced at once, or not at all if there is nothing to take out.
+
+    Returns:
+        How many lines were dropped.
     """
+    file = Path(directory) / FILE
+    if not file.exists():
+        return 0
+    temporary = file.with_suffix(".tmp")
+    dropped = 0
+    with file.open("rb") as old, temporary.open("wb") as new:
+        for line in old:
+            if line.endswith(b"\n") and _step_of(line) <= step:
+                new.write(line)
+            else:
+                dropped += 1
+        new.flush()
+        os.fsync(new.fileno())
+    if dropped:
+        os.replace(temporary, file)
+    else:
+        temporary.unlink()
+    return dropped
 
-    def __init__(self, *, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now, self._step = now, 0
-        self._started = self._last = now()
 
-    def lap(self, step: int) -> float:
-        """Mean seconds of the steps since the last lap, up to and with number ``step`` (the first is 1)."""
-        now = self._now()
-        seconds = (now - self._last) / (step - self._step)
-        self._last, self._step = now, step
-        return seconds
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is done meanwhile belongs to no step."""
-        start = self._now()
-        yield
-        self._last += self._now() - start
-
-    def left(self, step: int, steps: int) -> float:
-        """Seconds until the end, pauses included in proportion."""
-        return (self._now() - self._started) / step * (steps - step)
+def _step_of(line: bytes) -> float:
+    """Infinity for what is no record: a disk that was full can tear a line in the middle of the file."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+    return step if isinstance(step, int) else float("inf")

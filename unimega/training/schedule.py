@@ -4,22 +4,19 @@ import math
 
 from unimega.config.schema import OptimizerConfig
 
-WSD_DECAY = 0.1
-"""Share of the run that warm-up-stable-decay spends decaying, at its end."""
-
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:
     """Rate of step ``step`` (from 0) of ``steps``: linear warm-up to ``lr``, then the schedule down to ``min_lr``.
 
     cosine and linear fall from the end of the warm-up to the end of the run; wsd stays at ``lr`` and falls linearly
-    over the last tenth; constant stays.
+    over the last ``decay_share`` of the run; constant stays. ``min_lr`` is where the fall would be at step ``steps``.
     """
     high, low, warmup = optimizer.lr, optimizer.min_lr, optimizer.warmup_steps
     if step < warmup:
         return high * (step + 1) / warmup
     if optimizer.schedule == "constant":
         return high
-    start = warmup if optimizer.schedule != "wsd" else max(warmup, steps - math.ceil(WSD_DECAY * steps))
+    start = warmup if optimizer.schedule != "wsd" else max(warmup, steps - math.ceil(optimizer.decay_share * steps))
     progress = min(1.0, max(0, step - start) / max(1, steps - start))
     fall = 0.5 + 0.5 * math.cos(math.pi * progress) if optimizer.schedule == "cosine" else 1 - progress
     return low + (high - low) * fall
