@@ -56,3 +56,6 @@ GPU_FP32 = 5e-5
 
 PARITY_BF16 = 6e-2
 """Relative, bf16: tp and recompute round the same sums at other places (2^-8 each, a few layers deep)."""
+
+RESHARDED_LOSS = 1e-6
+"""Relative, of losses after a resume under another layout in fp32: sums over ranks are rounded in another order."""
