@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from unimega.layers.context import Call
-from unimega.layers.norm import Norm
+from unimega.layers.norm import AddNorm, Norm
 
 
 class Block(nn.Module):
@@ -16,7 +16,7 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, index: int, *, attention_norm: Norm, attention: nn.Module, ffn_norm: Norm, ffn: nn.Module
+        self, index: int, *, attention_norm: Norm, attention: nn.Module, ffn_norm: AddNorm, ffn: nn.Module
     ) -> None:
         super().__init__()
         self.index = index
@@ -26,5 +26,6 @@ class Block(nn.Module):
     def forward(self, x_tD: torch.Tensor, call: Call) -> torch.Tensor:
         """[t, D] -> [t, D] in modality order."""
         counts = call.order.local_counts
-        x_tD = x_tD + self.attention(self.attention_norm(x_tD, counts), call)
-        return x_tD + self.ffn(self.ffn_norm(x_tD, counts), call)
+        attended_tD = self.attention(self.attention_norm(x_tD, counts), call)
+        normed_tD, x_tD = self.ffn_norm(attended_tD, x_tD, counts)
+        return x_tD + self.ffn(normed_tD, call)

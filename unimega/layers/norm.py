@@ -15,6 +15,8 @@ class Norm(nn.Module):
     are marked so, in one all-reduce a step.
     """
 
+    OP = "rms_norm"
+
     def __init__(self, build: Build, *, split: bool) -> None:
         super().__init__()
         names = build.spec.modalities if split else None
@@ -22,12 +24,29 @@ class Norm(nn.Module):
         for suffix in self.suffixes:
             self.register_parameter(f"weight{suffix}", parameter(build.spec.width, on_local_rows=True))
         self.eps = build.spec.norm_eps
-        self.rms_norm = resolve("rms_norm", device=build.device, impl=build.kernel("rms_norm"))
+        self.op = resolve(self.OP, device=build.device, impl=build.kernel(self.OP))
 
     def forward(self, x_tD: torch.Tensor, local_counts: tuple[int, ...]) -> torch.Tensor:
         """Normalise [t, D] rows in modality order; ``local_counts`` are host ints that sum to t."""
+        return self.op(x_tD, *self._arguments(x_tD, local_counts))
+
+    def _arguments(
+        self, x_tD: torch.Tensor, local_counts: tuple[int, ...]
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], float]:
         counts = local_counts if len(self.suffixes) > 1 else (x_tD.shape[0],)
-        return self.rms_norm(x_tD, tuple(getattr(self, f"weight{s}") for s in self.suffixes), counts, self.eps)
+        return tuple(getattr(self, f"weight{s}") for s in self.suffixes), counts, self.eps
+
+
+class AddNorm(Norm):
+    """The norm of a residual sum, which it makes in the same pass."""
+
+    OP = "add_rms_norm"
+
+    def forward(  # type: ignore[override]
+        self, x_tD: torch.Tensor, residual_tD: torch.Tensor, local_counts: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """([t, D] normalised sum, [t, D] sum) of two outputs of a layer's parts."""
+        return self.op(x_tD, residual_tD, *self._arguments(x_tD, local_counts))
 
 
 class HeadNorm(nn.Module):

@@ -6,7 +6,7 @@ from unimega.layers.attention import Attention
 from unimega.layers.block import Block
 from unimega.layers.context import Build
 from unimega.layers.ffn import FFN
-from unimega.layers.norm import Norm
+from unimega.layers.norm import AddNorm, Norm
 from unimega.models.stage import Stage
 from unimega.parallel.groups import Groups
 
@@ -19,7 +19,7 @@ def build_block(build: Build, index: int) -> Block:
         index,
         attention_norm=Norm(build, split=split),
         attention=Attention(build, layer),
-        ffn_norm=Norm(build, split=split),
+        ffn_norm=AddNorm(build, split=split),
         ffn=FFN(build, layer),
     )
 
