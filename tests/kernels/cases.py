@@ -280,10 +280,11 @@ def linear_cross_entropy(
     vocab_start: int,
     vocab_rows: int,
     chunk: int | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     logits = wide(x @ weight[: vocab_rows - vocab_start].T)
     ce = F.cross_entropy(logits, labels.long() - vocab_start, reduction="none")
-    return (token_weights.to(ce.dtype) * ce).sum(), ce.detach()
+    return (token_weights.to(ce.dtype) * (ce + z_loss * logits.logsumexp(1) ** 2)).sum(), ce.detach()
 
 
 def linear_cross_entropy_case(
@@ -295,6 +296,7 @@ def linear_cross_entropy_case(
     *,
     chunk: int | None = None,
     dtype: torch.dtype = torch.int32,
+    z_loss: float = 0.0,
     **options: Any,
 ) -> Case:
     leaves = (noise(rows, width), noise(vocabulary + padding, width))
@@ -303,7 +305,8 @@ def linear_cross_entropy_case(
     def call(op: Any, t: Tensors) -> Sequence[torch.Tensor]:
         own = labels.to(device=t[0].device, dtype=dtype)
         weights = noise(rows, seed=1).abs().float().to(t[0].device)
-        return op(t[0], t[1], own, weights, group=None, vocab_start=0, vocab_rows=vocabulary, chunk=chunk)
+        sizes = {"vocab_start": 0, "vocab_rows": vocabulary, "chunk": chunk, "z_loss": z_loss}
+        return op(t[0], t[1], own, weights, group=None, **sizes)
 
     return Case(name, leaves, call, **options)
 
@@ -374,6 +377,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         linear_cross_entropy_case("one chunk", 13, 24, 57),
         linear_cross_entropy_case("chunks", 13, 24, 57, chunk=4),
         linear_cross_entropy_case("padded vocabulary", 9, 17, 41, 7, chunk=5),
+        linear_cross_entropy_case("z loss", 13, 24, 57, 3, chunk=5, z_loss=0.03),
         linear_cross_entropy_case("int64 labels", 9, 17, 41, 7, dtype=torch.int64),
         linear_cross_entropy_case("strided", 9, 17, 41, 7, strided=True, chunk=4),
         linear_cross_entropy_case("no rows", 0, 8, 11, 1),

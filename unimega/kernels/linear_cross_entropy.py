@@ -1,6 +1,9 @@
-"""Head and loss without the logits: ``loss = sum_i w_i ce_i``, ``ce_i = log(sum_j exp(x_i W_j)) - x_i W_label(i)``.
+"""Head and loss without the logits: ``loss = sum_i w_i (ce_i + z lse_i^2)``, ``ce_i = lse_i - x_i W_label(i)``.
 
-``linear_cross_entropy(x, weight, labels, token_weights, *, group, vocab_start, vocab_rows, chunk=None) -> loss, ce``
+``lse_i = log(sum_j exp(x_i W_j))``, z: ``z_loss``, which keeps lse near 0 (PaLM, arXiv:2204.02311, section 5).
+
+``linear_cross_entropy(x, weight, labels, token_weights, *, group, vocab_start, vocab_rows, chunk=None, z_loss=0.0)
+-> loss, ce``
 
 x: [n, D], the rows that carry loss, the same on all ranks of ``group``.
 weight: [v, D], this rank's rows of the vocabulary, ids ``vocab_start .. vocab_start + v``, v the same on all ranks; ids
@@ -11,7 +14,7 @@ chunk: rows at a time, the same on all ranks; None: so many that their logits ta
 reads and rewrites the whole fp32 weight gradient.
 loss: scalar, the same on all ranks. ce: [n], detached. Both fp32 (fp64 for fp64).
 Gradients: of x, this rank's part, which the caller sums over ``group``; of weight. With p the softmax,
-``dlogits = w (p - onehot(label))``, ``dx = dlogits W``, ``dW = dlogits^T x``.
+``dlogits = w (p (1 + 2 z lse) - onehot(label))``, ``dx = dlogits W``, ``dW = dlogits^T x``.
 
 GEMMs in the dtype of x with fp32 accumulation, logits and dlogits rounded to it; statistics in fp32; dW summed over
 chunks in fp32. The gradients are computed in forward, chunk by chunk, so that n x v logits never exist, and only those
@@ -19,6 +22,7 @@ that are needed; saved for backward: dx [n, D] and dW [v, D] in fp32. Under ``no
 Operations: 2 n v D for the loss, 4 n v D for the gradients. Collectives: one all-gather of [3, rows] fp32 a chunk.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +35,10 @@ from unimega.kernels.precision import widen
 _LOGITS_BYTES = 64 * 2**20
 _FEWEST_ROWS = 512
 
+Statistics = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
+Gradient = Callable[[torch.Tensor, Any, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
+Passes = tuple[Statistics, Gradient, dist.ProcessGroup | None, float]
+
 
 def reference(
     x: torch.Tensor,
@@ -42,13 +50,34 @@ def reference(
     vocab_start: int,
     vocab_rows: int,
     chunk: int | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the module: the definition in plain torch."""
+    options = {"group": group, "vocab_start": vocab_start, "vocab_rows": vocab_rows, "chunk": chunk, "z_loss": z_loss}
+    return in_chunks(statistics, gradient, x, weight, labels, token_weights, **options)
+
+
+def in_chunks(
+    statistics: Statistics,
+    gradient: Gradient,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    token_weights: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    vocab_start: int,
+    vocab_rows: int,
+    chunk: int | None,
+    z_loss: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op, from an implementation's two passes over the logits of a chunk."""
     if chunk is None:  # from sizes that are equal on all ranks, or they would enter different numbers of collectives
         chunk = max(_FEWEST_ROWS, _LOGITS_BYTES // (weight.shape[0] * max(4, x.element_size())))
     needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     real = min(max(vocab_rows - vocab_start, 0), weight.shape[0])
-    return _LinearCrossEntropy.apply(x, weight, labels, token_weights, group, vocab_start, real, chunk, needs)
+    passes = (statistics, gradient, group, z_loss)
+    return _LinearCrossEntropy.apply(x, weight, labels, token_weights, passes, vocab_start, real, chunk, needs)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -59,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         labels: torch.Tensor,
         token_weights: torch.Tensor,
-        group: dist.ProcessGroup | None,
+        passes: Passes,
         start: int,
         real: int,
         chunk: int,
@@ -70,10 +99,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
         dw = torch.zeros(weight.shape, dtype=dtype, device=x.device) if needs[1] else None
         token_weights = token_weights.to(dtype)
+        loss = token_weights.new_zeros(())
         for low in range(0, x.shape[0], chunk):
             part = slice(low, min(low + chunk, x.shape[0]))
             own = labels[part] - start
-            dlogits, ce[part] = _chunk(x[part], weight[:real], own, token_weights[part], group, any(needs))
+            dlogits, ce[part], lse = _chunk(x[part], weight[:real], own, token_weights[part], passes, any(needs))
+            loss += torch.dot(token_weights[part], ce[part] if not passes[3] else ce[part] + passes[3] * lse.square())
             if dx is not None:
                 torch.mm(dlogits, weight[:real], out=dx[part])
             if dw is not None and x.dtype == dtype:
@@ -83,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(ce)
-        return torch.dot(token_weights, ce), ce
+        return loss, ce
 
     @staticmethod
     @once_differentiable
@@ -99,39 +130,67 @@ def _chunk(
     weight: torch.Tensor,
     labels: torch.Tensor,
     token_weights: torch.Tensor,
-    group: dist.ProcessGroup | None,
+    passes: Passes,
     needs_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of the logits [c, real] in the dtype of x (or nothing of use) and cross-entropy [c] of some rows.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradient of the logits [c, real] in the dtype of x (or nothing of use), cross-entropy [c] and lse [c] of some rows.
 
     weight holds real rows only; labels are relative to its first row, and out of its range where another rank has them.
     """
-    narrow = x @ weight.t()
-    logits = widen(narrow)
-    has_rows = weight.shape[0] > 0
-    if not has_rows:  # a rank of padding alone still takes part in the collective
-        top, total, target = (logits.new_full((x.shape[0],), value) for value in (-torch.inf, 0.0, 0.0))
-    else:
-        owned = (labels >= 0) & (labels < weight.shape[0])
-        column = labels.clamp(0, weight.shape[0] - 1).long()[:, None]
-        top = logits.amax(dim=1)
-        target = logits.gather(1, column).squeeze(1) * owned
-        total = logits.sub_(top[:, None]).exp_().sum(dim=1)
-    lse, target = _combine(top, total, target, group)
-    if needs_gradient and has_rows:
-        logits.mul_(((top - lse).exp_() * token_weights)[:, None])
-        logits.scatter_add_(1, column, (-token_weights * owned)[:, None])
-        narrow = logits if logits.dtype == x.dtype else narrow.copy_(logits)
-    return narrow, lse - target
+    statistics, gradient, group, z_loss = passes
+    logits = x @ weight.t()
+    if weight.shape[0] > 0:
+        mine, state = statistics(logits, labels)
+    else:  # a rank of padding alone still takes part in the collective
+        mine = token_weights.new_tensor((-torch.inf, 0.0, 0.0)).repeat(x.shape[0], 1).t().contiguous()
+    lse, target = _combine(mine, group)
+    if needs_gradient and weight.shape[0] > 0:
+        gradient(logits, state, labels, lse, token_weights, z_loss)
+    return logits, lse - target, lse
 
 
-def _combine(
-    top: torch.Tensor, total: torch.Tensor, target: torch.Tensor, group: dist.ProcessGroup | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-sum-exp and target logit over the whole vocabulary, from each rank's maximum, sum of exp(l - top), target."""
+def statistics(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """[3, c] fp32: the largest logit l of each row, sum of exp(l_j - l), the target's logit or 0 where it is elsewhere.
+
+    Args:
+        logits: [c, v].
+        labels: [c], relative to the first column; outside of 0 .. v: another rank's.
+
+    Returns:
+        Those, and what ``gradient`` takes as its state: here exp(l_j - l) and l, so that no exponential is
+        computed twice; logits in fp32 are overwritten by them.
+    """
+    wide = widen(logits)
+    owned = (labels >= 0) & (labels < logits.shape[1])
+    column = labels.clamp(0, logits.shape[1] - 1).long()[:, None]
+    top = wide.amax(dim=1)
+    target = wide.gather(1, column).squeeze(1) * owned
+    total = wide.sub_(top[:, None]).exp_().sum(dim=1)
+    return torch.stack((top, total, target)), (wide, top)
+
+
+def gradient(
+    logits: torch.Tensor,
+    state: tuple[torch.Tensor, torch.Tensor],
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    token_weights: torch.Tensor,
+    z_loss: float,
+) -> None:
+    """Overwrite logits [c, v] with their gradient ``w (p (1 + 2 z lse) - onehot)``, rounded to their dtype."""
+    wide, top = state
+    owned = (labels >= 0) & (labels < logits.shape[1])
+    column = labels.clamp(0, logits.shape[1] - 1).long()[:, None]
+    wide.mul_(((top - lse).exp_() * token_weights * (1 + 2 * z_loss * lse))[:, None])
+    wide.scatter_add_(1, column, (-token_weights * owned)[:, None])
+    if wide is not logits:
+        logits.copy_(wide)
+
+
+def _combine(mine: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exp and target logit [c] over the whole vocabulary, from each rank's ``statistics``."""
     if group is None or group.size() == 1:
-        return top + total.log(), target
-    mine = torch.stack((top, total, target))
+        return mine[0] + mine[1].log(), mine[2]
     everyone = mine.new_empty(group.size() * 3, mine.shape[1])
     dist.all_gather_into_tensor(everyone, mine, group=group)
     tops, totals, targets = everyone.view(group.size(), 3, -1).unbind(1)
@@ -139,4 +198,8 @@ def _combine(
     return highest + (totals * (tops - highest).exp()).sum(dim=0).log(), targets.sum(dim=0)
 
 
-registry.declare("linear_cross_entropy", registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE))
+registry.declare(
+    "linear_cross_entropy",
+    registry.triton("linear_cross_entropy:linear_cross_entropy"),
+    registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
+)

@@ -6,7 +6,7 @@ qkv: [T, (h + 2k) N] in modality order; columns per KV group: its h/k query head
 q_weights, k_weights: None, or one weight for all rows, or M weights, each [N] and the same for all heads.
 counts: M host ints that sum to T; weights of length 1 cover all rows whatever ``counts`` is.
 cos, sin: [T, N/2] fp32 of each row's position, in modality order.
-rows: int [T] or None; inverse: its inverse permutation, for the backward.
+rows: int [T] or None; inverse: its inverse permutation, always with it.
 q: [T, h, N], k, v: [T, k, N], contiguous, dtype of qkv, row i being row ``rows[i]`` of qkv (row i without ``rows``).
 
 Per head: ``u = x / sqrt(mean(x^2) + eps) * weight`` (u = x without weights; never for v), then with the halves u1 | u2:
@@ -157,4 +157,8 @@ def _reorder(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
-registry.declare("qkv_prepare", registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE))
+registry.declare(
+    "qkv_prepare",
+    registry.triton("qkv_prepare:qkv_prepare"),
+    registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
+)
