@@ -63,7 +63,6 @@ def packed(spec: ModelSpec) -> Inputs:
 
 def make_checkpoints(folder: str) -> dict[str, np.ndarray]:
     """On a rank: every spec as a checkpoint with random weights, and the engine's logits; every oracle imported."""
-    from unimega.hf.convert import import_folder
     from unimega.hf.evaluate import outputs
     from unimega.hf.export_config import describe
     from unimega.hf.names import table
@@ -82,7 +81,7 @@ def make_checkpoints(folder: str) -> dict[str, np.ndarray]:
         logits[name] = outputs(engine, packed(spec), names=None)["logits"]
         engine.close()
     for case in (*oracle.UNIX, *oracle.DENSE):
-        import_folder(oracle.whole_folder(case, Path(folder) / "hf" / case), Path(folder) / case)
+        oracle.import_folder(oracle.whole_folder(case, Path(folder) / "hf" / case), Path(folder) / case)
     return logits
 
 

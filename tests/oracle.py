@@ -43,6 +43,17 @@ def whole_folder(case: str, folder: Path) -> Path:
     return folder
 
 
+def import_folder(folder: Path, target: Path, *, separator_ids: Any = None, **options: Any) -> Any:
+    """A folder's own model as a checkpoint; what it is."""
+    from unimega.hf.convert import import_folder
+    from unimega.hf.folder import read_config
+    from unimega.hf.read import describe
+
+    what = describe(read_config(folder), folder=folder, separator_ids=separator_ids)
+    import_folder(folder, target, what=what, **options)
+    return what
+
+
 def random_tensors(shapes: dict[str, tuple[int, ...]], *, seed: int) -> dict[str, torch.Tensor]:
     """Random values for all tensors, norms and biases too, so that a dropped or swapped one shows."""
     generator = torch.Generator().manual_seed(seed)

@@ -24,9 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def imported(folder: Path, target: Path) -> None:
-    from unimega.hf.convert import import_folder
-
-    import_folder(folder, target)
+    oracle.import_folder(folder, target)
 
 
 def request_of(checkpoint: Path, *, ids: list[int], tp: int = 1, gradients: bool = False) -> Any:

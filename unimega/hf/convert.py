@@ -2,64 +2,96 @@
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from datetime import timedelta
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from unimega import backend, log
+from unimega import log
 from unimega.errors import CheckpointError
-from unimega.hf.folder import Weights, read_config
-from unimega.hf.names import Layout, Row, table
-from unimega.hf.read import Source, describe
-from unimega.parallel import checkpoint
+from unimega.hf import start_weights
+from unimega.hf.fate import Fate
+from unimega.hf.folder import read_config
+from unimega.hf.layout import Layout
+from unimega.hf.model_table import model_table
+from unimega.hf.names import Row, table
+from unimega.hf.read import Source
+from unimega.hf.start import Start
+from unimega.hf.stored import Unmade, write_step
+from unimega.hf.target import TOKENIZER_FOLDER, check_checkpoint, copy_tokenizer, put
+from unimega.hf.weights import Weights
 
-Fate = Literal["copied", "carried", "dropped"]
-"""``carried``: kept for the way back, though the original never uses it."""
-Report = Callable[[tuple[str, ...], str, Fate], None]
-"""Called with names of tensors, the checkpoint key they become ("" if dropped) and their fate, as they are read."""
-_TIMEOUT = timedelta(minutes=10)
+MODEL_TABLE = "model.toml"
+"""In the folder of steps: the ``[model]`` of a run that trains it."""
+Progress = Callable[[int, int], None]
+"""Called with bytes that are written, and with those of the whole."""
+_NOT_USED, _TIED = "frozen: the original never uses it", "the head is the embedding"
 logger = log.get(__name__)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One key of the checkpoint to be, and what becomes of tensors of the folder there."""
+
+    key: str
+    tensor: Unmade
+    fates: tuple[Fate, ...]
 
 
 def import_folder(
     folder: Path,
     target: Path,
     *,
-    separator_ids: Sequence[int] | None = None,
+    what: Source | Start,
+    tokenizer: Path | None = None,
+    seed: int = 1,
     overwrite: bool = False,
-    report: Report = lambda names, key, fate: None,
-) -> Source:
-    """Convert a folder. One process; makes a process group of size one if there is none.
+    progress: Progress = lambda done, total: None,
+) -> list[Fate]:
+    """Convert a folder. One process; holds one tensor in memory, beside files that the system maps.
 
     Args:
         folder: config.json and safetensors.
-        target: a new folder of steps, loadable under any topology.
-        separator_ids: ids of separators that count as vision, instead of the tokenizer's.
+        target: a new folder of steps, loadable under any layout.
+        what: the folder's model as it is, or the model that it starts.
+        tokenizer: folder whose tokenizer goes along.
+        seed: of what is drawn.
         overwrite: replace a checkpoint that is already there.
-        report: hears of every tensor.
+        progress: hears of every tensor that is written.
+
+    Returns:
+        What became of every tensor.
 
     Raises:
-        CheckpointError: the folder is incomplete, at odds with its config.json or not known; the target exists.
-        ConfigError: a config.json that asks for what the engine does not do.
+        CheckpointError: the folder is incomplete or at odds with its config.json; the target exists.
     """
-    _check_target(target, overwrite=overwrite)
-    config = read_config(folder)
-    source = describe(config, folder=folder, separator_ids=separator_ids)
-    tensors = _read(Weights(folder), source, report)
-    backend.current().init_process_group(timeout=_TIMEOUT)
-    partial = target.absolute().with_name(f".{target.name}.partial-{os.getpid()}")
+    check_checkpoint(target, overwrite=overwrite)
+    weights = Weights(folder)
+    base, source = (what.base, what.source) if isinstance(what, Start) else (what, what)
+    names = table(base.spec, base.layout)
+    names.check_folder(weights, shapes=weights.shapes)
+    if isinstance(what, Start):
+        parts = [_started(recipe, weights, what, seed) for recipe in start_weights.recipes(what)]
+    else:
+        parts = [_copied(row, weights) for row in names.rows]
+    temporary = target.absolute().with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        checkpoint.save_tensors(partial, tensors, metadata=_metadata(source, config))
-        _put(partial, target)
+        write_step(temporary, _watched(parts, progress), metadata=_metadata(what, read_config(folder)))
+        (temporary / MODEL_TABLE).write_text(model_table(source.model))
+        if tokenizer:
+            (temporary / TOKENIZER_FOLDER).mkdir()
+            copy_tokenizer(tokenizer, temporary / TOKENIZER_FOLDER)
+            shutil.copyfile(folder / "config.json", temporary / TOKENIZER_FOLDER / "config.json")  # rows of its model
+        put(temporary, target)
     except OSError as error:
         raise CheckpointError(f"{str(target)!r} cannot be written: {error}.") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return source
+        shutil.rmtree(temporary, ignore_errors=True)
+    dropped = [Fate("dropped", (name,), "", _TIED) for name in names.dropped(weights.shapes)]
+    return [fate for part in parts for fate in part.fates] + dropped
 
 
 def layout_of(model: dict[str, Any]) -> Layout:
@@ -79,51 +111,65 @@ def layout_of(model: dict[str, Any]) -> Layout:
     return Layout(**source["layout"])
 
 
-def _read(weights: Weights, source: Source, report: Report) -> dict[str, torch.Tensor]:
-    names = table(source.spec, source.layout)
+def _copied(row: Row, weights: Weights) -> _Part:
+    """A key that the folder's tensors fill."""
+    fate = Fate("copied", row.names, row.key) if row.used else Fate("carried", row.names, row.key, _NOT_USED)
+    tensor = Unmade(
+        shape=row.key_shape,
+        dtype=_dtype(row.names, weights),
+        make=lambda: row.join([weights[name] for name in row.names]),
+    )
+    return _Part(row.key, tensor, (fate,))
 
-    def heard(row: Row) -> None:
-        report(row.names, row.key, "copied" if row.used else "carried")
 
-    tensors = names.to_engine(weights, shapes=weights.shapes, report=heard)
-    for name in names.dropped(weights):
-        report((name,), "", "dropped")
-    for key, tensor in tensors.items():
+def _started(recipe: start_weights.Recipe, weights: Weights, start: Start, seed: int) -> _Part:
+    """A key of a model that the folder starts."""
+    names = recipe.row.names if recipe.row else ()
+    dtype = _dtype(names or ("model.embed_tokens.weight",), weights)
+
+    def make() -> torch.Tensor:
+        return start_weights.make(recipe, [weights[name] for name in names], start, dtype=dtype, seed=seed)
+
+    is_new = not names or (recipe.how == "rows" and recipe.note)
+    fates = [Fate("copied", names, recipe.key, "" if is_new else recipe.note)] if names else []
+    fates += [Fate("initialised", (), recipe.key, recipe.note)] if is_new else []
+    return _Part(recipe.key, Unmade(shape=recipe.shape, dtype=dtype, make=make), tuple(fates))
+
+
+def _dtype(names: Iterable[str], weights: Weights) -> torch.dtype:
+    """Of tensors that are joined."""
+    first, *others = (weights.dtypes[name] for name in names)
+    for one in others:
+        first = torch.promote_types(first, one)
+    return first
+
+
+def _watched(parts: list[_Part], progress: Progress) -> dict[str, Unmade]:
+    """The tensors, heard of when they are made, and looked at."""
+    sizes = {part.key: torch.Size(part.tensor.shape).numel() * part.tensor.dtype.itemsize for part in parts}
+    done, total = 0, sum(sizes.values())
+
+    def make(part: _Part) -> torch.Tensor:
+        nonlocal done
+        tensor = part.tensor.make()
         if not torch.isfinite(tensor).all():
-            logger.warning("%s has values that are not finite: the model will not train", key)
-    return tensors
+            logger.warning("%s has values that are not finite: the model will not train", part.key)
+        done += sizes[part.key]
+        progress(done, total)
+        return tensor
+
+    return {
+        part.key: Unmade(shape=part.tensor.shape, dtype=part.tensor.dtype, make=partial(make, part)) for part in parts
+    }
 
 
-def _metadata(source: Source, config: dict[str, Any]) -> dict[str, Any]:
+def _metadata(what: Source | Start, config: dict[str, Any]) -> dict[str, Any]:
     """What stays beside the weights: the model, as builders and as run files say it, and the way back to the folder."""
+    source = what.source if isinstance(what, Start) else what
+    if isinstance(what, Start) and what.vision_start is not None:
+        config = config | {"vision_start_id": what.vision_start}
     return {
         "spec": source.spec.to_dict(),
         "model": asdict(source.model),
         "source": {"layout": asdict(source.layout), "architecture": source.architecture, "config": config},
     }
-
-
-def _check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse early what could not be put there at the end."""
-    if not target.name:
-        raise CheckpointError(f"checkpoint {str(target)!r} has no name. Name a new folder.")
-    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
-        return
-    is_checkpoint = target.is_dir() and (target / checkpoint.LATEST_FILE).exists()
-    if not is_checkpoint:
-        raise CheckpointError(f"{str(target)!r} exists and is not a checkpoint. Name a new folder.")
-    if not overwrite:
-        raise CheckpointError(
-            f"{str(target)!r} holds a checkpoint already. Name a new folder, or replace it with --overwrite."
-        )
-
-
-def _put(partial: Path, target: Path) -> None:
-    """Give the finished folder its name; what was there is away only once the new one is in place."""
-    if target.exists() and any(target.iterdir()):
-        old = partial.with_name(f"{partial.name}.old")
-        os.replace(target, old)
-        os.replace(partial, target)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, target)

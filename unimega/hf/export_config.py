@@ -9,7 +9,7 @@ from unimega.config.layer import LayerSpec
 from unimega.config.model import ModelSpec
 from unimega.data.tokenize import SpecialIds
 from unimega.errors import CheckpointError
-from unimega.hf.names import Layout
+from unimega.hf.layout import Layout
 
 STOCK = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 """Model types of transformers that a dense model can be, with their architectures."""

@@ -5,15 +5,16 @@ checkpoint groups per KV head (``[q.., k, v] x head_width``). The same table tak
 out.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from unimega.config.layer import LayerSpec
 from unimega.config.model import ModelSpec
 from unimega.errors import CheckpointError
+from unimega.hf.layout import Layout
 
 Shape = tuple[int, ...]
 
@@ -25,20 +26,6 @@ _SPLITS: dict[str, list[set[str]]] = {
     "mot": [{"attention", "ffn"}, {"attention", "output_projection", "ffn"}],
 }
 """What a layer may be split in, by family: copies of anything else have no names there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a family of folders spells the copies of a weight that belong to vision."""
-
-    family: Literal["qwen", "x", "moe", "mot"]
-    """``qwen``: no copies. Original Uni-X: ``x`` twin layers, ``moe`` FFN copies, ``mot`` attention copies too."""
-    encode: int = 0
-    """``x``: layers below this have twins in ``vision_encode_layers``, later ones in ``vision_decode_layers``."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, for the checkpoint."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,36 +69,24 @@ class Table:
     rows: tuple[Row, ...]
     tied: bool
 
-    def to_engine(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        *,
-        shapes: Mapping[str, Shape] | None = None,
-        report: Callable[[Row], None] = lambda row: None,
-    ) -> dict[str, torch.Tensor]:
-        """All tensors of a folder as checkpoint keys.
+    def check_folder(self, tensors: Mapping[str, torch.Tensor], *, shapes: Mapping[str, Shape]) -> None:
+        """Compare a folder with the table.
 
         Args:
-            tensors: by name in the folder; read one after another.
-            shapes: of ``tensors``, where they are known without reading them.
-            report: hears of every row before it is read.
+            tensors: by name in the folder; read are at most a head and the embedding that it is tied to.
+            shapes: of all of them.
 
         Raises:
             CheckpointError: a tensor is missing, of another shape, not of this model, or a head at odds with the tie.
         """
-        self.check(shapes or {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        for name in self.dropped(tensors):
+        self.check(shapes)
+        for name in self.dropped(shapes):
             if not torch.equal(tensors[name], tensors["model.embed_tokens.weight"]):
                 raise CheckpointError(
                     f"tensor {name!r} differs from 'model.embed_tokens.weight', but config.json has "
                     "tie_word_embeddings=true. One of the two is wrong: set tie_word_embeddings to false to keep both, "
                     "or delete the tensor."
                 )
-        out: dict[str, torch.Tensor] = {}
-        for row in self.rows:
-            report(row)
-            out[row.key] = row.join([tensors[name] for name in row.names])
-        return out
 
     def to_hf(self, tensors: Mapping[str, torch.Tensor], *, gradients: bool = False) -> dict[str, torch.Tensor]:
         """Checkpoint keys as tensors under the names of the folder.
@@ -139,7 +114,7 @@ class Table:
         _check_keys(self.rows, shapes)
 
     def check(self, shapes: Mapping[str, Shape]) -> None:
-        """Compare the names and shapes of a folder with the table; ``to_engine`` on headers alone.
+        """Compare the names and shapes of a folder with the table; ``check_folder`` on headers alone.
 
         Raises:
             CheckpointError: the first tensor that is missing, not used, or of another shape.

@@ -14,7 +14,7 @@ from unimega.config.presets import model_spec
 from unimega.config.schema import ModelConfig
 from unimega.config.strict import construct, partial
 from unimega.errors import CheckpointError, optional
-from unimega.hf.names import Layout
+from unimega.hf.layout import Layout
 
 _FAMILIES = {
     "Qwen2ForCausalLM": "qwen",

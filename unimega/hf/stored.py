@@ -76,16 +76,6 @@ class _Reader(dcp.FileSystemReader):
         return self.metadata
 
 
-def open_step(path: Path) -> tuple[Path, StoredWeights]:
-    """The step that a CHECKPOINT names, and its weights.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    step = step_folder.resolve_step(path)
-    return step, StoredWeights(step)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Unmade:
     """A tensor that is made when it is written."""

@@ -42,7 +42,7 @@ def _fill(key: str, part: torch.Tensor, parameter: torch.Tensor, spec: ModelSpec
     if spec.init_vision == "text":
         for other in spec.modalities[1:]:
             key = key.removesuffix(f"_{other}") + f"_{spec.modalities[0]}" if key.endswith(f"_{other}") else key
-    whole = torch.empty(shape).normal_(std=_deviation(key, spec), generator=_generator(seed, key))
+    whole = draw(key, shape, spec, seed=seed)
     if rows is not None:
         start = tp.rank() * part.shape[0]
         mine = whole[start : start + part.shape[0]]
@@ -52,7 +52,13 @@ def _fill(key: str, part: torch.Tensor, parameter: torch.Tensor, spec: ModelSpec
         part.copy_(whole if dim is None else whole.chunk(tp.size(), dim)[tp.rank()])
 
 
-def _deviation(key: str, spec: ModelSpec) -> float:
+def draw(key: str, shape: Sequence[int], spec: ModelSpec, *, seed: int) -> torch.Tensor:
+    """The initial values of a matrix: fp32, whole, on the host; a function of ``seed``, ``key`` and ``shape`` alone."""
+    return torch.empty(tuple(shape)).normal_(std=deviation(key, spec), generator=_generator(seed, key))
+
+
+def deviation(key: str, spec: ModelSpec) -> float:
+    """Standard deviation of the initial values of a matrix."""
     if key.startswith("embedding"):
         return spec.init_embedding
     if key.startswith("head"):
