@@ -1,73 +1,254 @@
-r"""Turn jsonl files into a corpus: PREFIX.bin, PREFIX.idx, PREFIX.json.
+r"""Turn files of rows into a corpus: PREFIX.bin, PREFIX.idx, PREFIX.json.
 
-    python tools/preprocess_data.py --input rows.jsonl --output corpus/rows --tokenizer qwen \
-        --codebook 8192 --codes-per-image 1024
+    python tools/preprocess_data.py corpus.toml
+    python tools/preprocess_data.py --input 'rows/*.jsonl.zst' --output corpus/rows --tokenizer qwen \
+        --codebook 8192 --codes-per-image 1024 --workers 8
 
-docs/data_formats.md says which rows are understood and what is written.
+Inputs are jsonl (plain, .gz, .zst), parquet and webdataset tar; rows are texts, captions with codes or pictures,
+conversations, instructions, ids, interleaved items. docs/data_formats.md says which rows are understood and what is
+written. Run it again after a kill: finished parts are kept in PREFIX.work, and the bytes are the same.
 """
 
 import argparse
+import os
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import get_args
 
-from unimega.data.preprocess import Job, Progress, preprocess
-from unimega.errors import run_cli
+from unimega import log
+from unimega.data.images import ImageTokenizer
+from unimega.data.preparing.job import (
+    MAX_BAD_SHARE,
+    ROW_MB,
+    TASK_MB,
+    Direction,
+    Job,
+    JobFile,
+    LimitsSection,
+    OutputSection,
+    SourceSpec,
+    TokenizerSection,
+    VisionSection,
+    read_job,
+)
+from unimega.data.preparing.report import ProgressLine, table
+from unimega.data.preprocess import preprocess
+from unimega.data.records.row import FIELDS, Kind
+from unimega.data.tokenize import Backend
+from unimega.errors import ConfigError, run_cli
 
+EXAMPLE = """
+a job of many sources, corpus.toml (paths start from its folder):
 
-class _ProgressLine:
-    """One line on stderr: rewritten every second on a terminal, a plain one every 10 s elsewhere."""
+    [output]
+    prefix = "corpus/mix"
+    max_bad_share = 0.01            # more bad rows than this stop the job
 
-    def __init__(self) -> None:
-        self.start = self.last = time.monotonic()
-        self.terminal = sys.stderr.isatty()
+    [tokenizer]
+    path = "qwen"                   # folder with tokenizer.json
+    backend = "auto"
 
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self.last < (1 if self.terminal else 10):
-            return
-        self.last = now
-        seconds = now - self.start
-        share = progress.done_bytes / max(1, progress.total_bytes)
-        left = seconds * (1 - share) / share if share else 0.0
-        line = (
-            f"{progress.done_bytes / 1e6:.1f} of {progress.total_bytes / 1e6:.1f} MB ({100 * share:.0f} %), "
-            f"{progress.documents} documents, {progress.documents / seconds:.0f}/s, {left:.0f} s left"
-        )
-        print(line, end="\r" if self.terminal else "\n", file=sys.stderr, flush=True)
+    [vision]
+    codebook = 8192                 # codes are 0 .. 8191
+    codes_per_image = [1024]
+    image_tokenizer = "chameleon:vqgan"   # encodes raw pictures
+
+    [[source]]
+    name = "web"
+    paths = ["web/*.jsonl.zst", "more.parquet"]
+    kind = "text"
+    fields = { text = "content" }   # names in these rows
+
+    [[source]]
+    name = "pairs"
+    paths = ["cc12m/*.tar"]         # 000.jpg with 000.txt or 000.json
+    direction = "both"              # what a run may do with pairs: both, t2i, i2t; auto follows data_type
+
+    [limits]
+    row_mb = 32                     # a longer row is bad
+    task_mb = 16                    # what a kill costs at most per worker
+
+used to Megatron-LM? --output-prefix and --tokenizer-model are taken for --output and --tokenizer; a corpus is one
+document per row and is called PREFIX, not PREFIX_text_document; eos is added when it is loaded.
+"""
+
+_OTHERS = {
+    "--tokenizer-type": "the folder given as --tokenizer says what it is",
+    "--append-eod": "the loader ends every document with eos, so none is stored",
+    "--append-bos": "no begin of text is stored or added",
+    "--split-sentences": "documents are stored whole",
+    "--partitions": "tasks and --workers take their place",
+    "--log-interval": "progress comes by time",
+    "--keep-sequential-samples": "the order of the rows is always kept",
+    "--dataset-impl": "it is always mmap",
+}
+"""Flags of Megatron-LM's tool that change nothing here, and why."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, preprocess, print the summary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="jsonl files, in the order of the corpus"
+    log.setup()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # parallelism is workers
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")
+    arguments = _parser().parse_args(argv)
+    _tell_others(arguments)
+    job = _job(arguments)
+    progress = ProgressLine(sys.stderr, seconds=arguments.progress_seconds)
+    try:
+        sidecar = preprocess(job, progress)
+    except KeyboardInterrupt:
+        progress.close()
+        print(f"unimega: interrupted. Run again to go on: finished parts are in {job.output}.work.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BaseException:
+        progress.close()
+        raise
+    progress.close()
+    print(table(job, sidecar, seconds=progress.seconds))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output", required=True, metavar="PREFIX")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.json")
-    parser.add_argument("--codebook", type=int, metavar="K", help="codes are 0 .. K-1; needed for rows with images")
-    parser.add_argument(
-        "--codes-per-image", type=int, nargs="+", default=[], metavar="N", help="allowed numbers of codes; absent: any"
+    parser.add_argument("job", nargs="?", metavar="JOB.toml", help="a job of many sources, instead of --input")
+    one = parser.add_argument_group("one source")
+    one.add_argument("--input", nargs="+", metavar="FILE", help="files or globs, in the order of the corpus")
+    one.add_argument("--output", "--output-prefix", metavar="PREFIX")
+    one.add_argument("--tokenizer", "--tokenizer-model", metavar="DIR", help="folder with tokenizer.json")
+    one.add_argument("--backend", choices=get_args(Backend), help="what tokenises; all give the same ids")
+    one.add_argument("--kind", choices=get_args(Kind), help="what the rows are; auto: recognised row by row")
+    one.add_argument(
+        "--fields", nargs="+", metavar="FIELD=NAME", help=f"names in the rows of {', '.join(FIELDS)}; only these count"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
-    arguments = parser.parse_args(argv)
-    job = Job(
-        inputs=tuple(arguments.input),
-        output=arguments.output,
-        tokenizer=arguments.tokenizer,
-        codebook=arguments.codebook,
-        codes_per_image=tuple(arguments.codes_per_image),
+    one.add_argument("--json-keys", nargs="+", metavar="NAME", help="as in Megatron-LM: --fields text=NAME")
+    one.add_argument("--direction", choices=get_args(Direction), help="what a run may do with pairs")
+    one.add_argument(
+        "--image-root", metavar="DIR", help="where paths of pictures start from; absent: the file's folder"
+    )
+    one.add_argument("--codebook", type=int, metavar="K", help="codes are 0 .. K-1; needed for rows with codes")
+    one.add_argument(
+        "--codes-per-image", type=int, nargs="+", metavar="N", help="allowed numbers of codes; absent: any"
+    )
+    one.add_argument("--image-tokenizer", metavar="NAME:PATH", help="encodes raw pictures, e.g. chameleon:vqgan")
+    one.add_argument("--max-row-mb", type=float, metavar="MB", help=f"a longer row is bad (default {ROW_MB:g})")
+    one.add_argument("--task-mb", type=float, metavar="MB", help=f"MB between two commits (default {TASK_MB:g})")
+    both = parser.add_argument_group("any job")
+    both.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    both.add_argument(
+        "--max-bad-share", type=float, metavar="SHARE", help=f"bad rows that are too many (default {MAX_BAD_SHARE:g})"
+    )
+    both.add_argument("--validate", action="store_true", help="check all rows, write nothing but the quarantine")
+    both.add_argument("--overwrite", action="store_true", help="replace a corpus, and parts of another job")
+    both.add_argument("--progress-seconds", type=float, metavar="S", help="between two lines (default 10; terminal 1)")
+    for flag in _OTHERS:
+        parser.add_argument(flag, nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def _tell_others(arguments: argparse.Namespace) -> None:
+    for flag, why in _OTHERS.items():
+        if getattr(arguments, flag[2:].replace("-", "_")) is not None:
+            print(f"unimega: {flag} changes nothing: {why}.", file=sys.stderr)
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    if arguments.job is not None:
+        for name in ("input", "output", "tokenizer", "backend", "kind", "fields", "json_keys", "direction"):
+            _refuse_beside_job(arguments, name)
+        for name in ("image_root", "codebook", "codes_per_image", "image_tokenizer", "max_row_mb", "task_mb"):
+            _refuse_beside_job(arguments, name)
+        file = read_job(arguments.job)
+        return _make(file, arguments, os.path.dirname(arguments.job))
+    for name in ("input", "output", "tokenizer"):
+        if getattr(arguments, name) is None:
+            raise ConfigError(f"--{name} is missing. Give a JOB.toml, or --input, --output and --tokenizer (--help).")
+    return _make(_one_source(arguments), arguments, "")
+
+
+def _refuse_beside_job(arguments: argparse.Namespace, name: str) -> None:
+    if getattr(arguments, name) is not None:
+        raise ConfigError(f"--{name.replace('_', '-')} does not go with {arguments.job}. Set it in the file.")
+
+
+def _one_source(arguments: argparse.Namespace) -> JobFile:
+    """The job file that the flags stand for."""
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    source = SourceSpec(
+        paths=tuple(given["input"]),
+        kind=given.get("kind", "auto"),
+        fields=_fields(arguments),
+        direction=given.get("direction", "auto"),
+        image_root=given.get("image_root", ""),
+    )
+    return JobFile(
+        output=OutputSection(prefix=given["output"]),
+        tokenizer=TokenizerSection(path=given["tokenizer"], backend=given.get("backend", "auto")),
+        vision=VisionSection(
+            codebook=given.get("codebook"),
+            codes_per_image=tuple(given.get("codes_per_image", ())),
+            image_tokenizer=given.get("image_tokenizer", ""),
+        ),
+        limits=LimitsSection(row_mb=given.get("max_row_mb", ROW_MB), task_mb=given.get("task_mb", TASK_MB)),
+        source=(source,),
+    )
+
+
+def _fields(arguments: argparse.Namespace) -> dict[str, str]:
+    keys = arguments.json_keys or []
+    if len(keys) > 1:
+        raise ConfigError(
+            f"--json-keys={' '.join(keys)}: Megatron-LM writes one corpus per key, this tool one corpus. "
+            "Run it once per key, or name what each field is: --fields caption=NAME codes=NAME."
+        )
+    fields = {"text": keys[0]} if keys and keys != ["text"] else {}
+    for pair in arguments.fields or []:
+        field, equals, name = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--fields={pair} is wrong. Write FIELD=NAME, e.g. text=content.")
+        fields[field] = name
+    return fields
+
+
+def _make(file: JobFile, arguments: argparse.Namespace, folder: str) -> Job:
+    share = arguments.max_bad_share
+    return Job(
+        sources=file.source,
+        output=os.path.join(folder, file.output.prefix),
+        tokenizer=os.path.join(folder, file.tokenizer.path),
+        backend=file.tokenizer.backend,
+        codebook=file.vision.codebook,
+        codes_per_image=file.vision.codes_per_image,
+        image_tokenizer=_image_tokenizer(file.vision.image_tokenizer, folder),
+        image_tokenizer_name=file.vision.image_tokenizer,
+        folder=folder,
+        max_bad_share=file.output.max_bad_share if share is None else share,
+        row_mb=file.limits.row_mb,
+        task_mb=file.limits.task_mb,
+        workers=len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers,
+        validate=arguments.validate,
         overwrite=arguments.overwrite,
     )
-    start = time.monotonic()
-    sidecar = preprocess(job, _ProgressLine())
-    counts = sidecar["counts"]
-    tokens = counts["tokens"]
-    print(
-        f"{arguments.output}: {counts['documents']} documents, {counts['images']} images, {tokens['text']} text and "
-        f"{tokens['vision']} vision tokens, longest document {counts['longest_document']}, "
-        f"{sidecar['bin']['bytes'] + sidecar['idx']['bytes']} bytes, {time.monotonic() - start:.1f} s"
-    )
+
+
+def _image_tokenizer(given: str, folder: str) -> Callable[[], ImageTokenizer] | None:
+    """What makes the image tokenizer, in this process and in workers."""
+    if not given:
+        return None
+    name, colon, path = given.partition(":")
+    if not colon or not path:
+        raise ConfigError(f"--image-tokenizer={given} is wrong. Write NAME:PATH, e.g. chameleon:vqgan.")
+    return partial(load_image_tokenizer, name, os.path.join(folder, path))
+
+
+def load_image_tokenizer(name: str, path: str) -> ImageTokenizer:
+    """A VQ tokenizer by its name; one thread each, so that codes do not depend on the number of cores."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from unimega.models import vision
+
+    tokenizer: ImageTokenizer = vision.load(name, path)
+    return tokenizer
 
 
 if __name__ == "__main__":

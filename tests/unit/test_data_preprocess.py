@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.unit.data_corpora import read
 from unimega.data import format as layout
-from unimega.data.preprocess import Job, preprocess
+from unimega.data.preparing.job import Job, SourceSpec
+from unimega.data.preprocess import preprocess
 from unimega.data.reader import IndexedCorpus
 from unimega.data.tokenize import TextTokenizer
 from unimega.errors import DataError
@@ -36,6 +37,11 @@ def make_tokenizer(folder: Path, *, specials=SPECIALS, config: dict | None = Non
     return folder
 
 
+def make_job(*paths, output, tokenizer, source=None, **values):
+    sources = (SourceSpec(paths=tuple(map(str, paths)), **(source or {})),)
+    return Job(sources=sources, output=str(output), tokenizer=str(tokenizer), **values)
+
+
 @pytest.fixture
 def tokenizer(tmp_path):
     return make_tokenizer(tmp_path / "tokenizer")
@@ -45,7 +51,7 @@ def run(tmp_path, tokenizer, rows, **job):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows))
     values = {"codebook": 32, "codes_per_image": (4,), "overwrite": True} | job
-    sidecar = preprocess(Job(inputs=(str(path),), output=str(tmp_path / "out"), tokenizer=str(tokenizer), **values))
+    sidecar = preprocess(make_job(path, output=tmp_path / "out", tokenizer=tokenizer, **values))
     return read(str(tmp_path / "out")), sidecar
 
 
@@ -138,7 +144,7 @@ def test_many_rows_of_several_files(tmp_path, tokenizer):
         lines = [json.dumps({"text": f"{name} {n}"}) + "\n" for n in range(count)]
         Path(paths[-1]).write_text("\n".join(lines))  # with empty lines between
     seen = []
-    job = Job(inputs=tuple(paths), output=str(tmp_path / "new" / "out"), tokenizer=str(tokenizer))
+    job = make_job(*paths, output=tmp_path / "new" / "out", tokenizer=tokenizer)
     sidecar = preprocess(job, seen.append)
     assert [(s["first_document"], s["documents"]) for s in sidecar["sources"]] == [(0, 1500), (1500, 0), (1500, 700)]
     assert seen[-1].done_bytes == seen[-1].total_bytes and seen[-1].documents == 2200
@@ -187,10 +193,12 @@ def test_a_bad_row_ends_the_job_with_its_line(tmp_path, tokenizer, case):
     with pytest.raises(DataError, match=rf"rows\.jsonl:3: .*{line}") as caught:
         run(tmp_path, tokenizer, [{"text": "good"}, b"", row, {"text": "good"}])
     assert "\n" not in str(caught.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "tokenizer"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.quarantine.jsonl", "rows.jsonl", "tokenizer"]
+    (entry,) = map(json.loads, (tmp_path / "out.quarantine.jsonl").read_text().splitlines())
+    assert entry["file"].endswith("rows.jsonl") and entry["line"] == 3 and entry["byte"] == 18 and entry["reason"]
 
 
-def test_other_mistakes(tmp_path, tokenizer, monkeypatch):
+def test_other_mistakes(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"rows\.jsonl:1: codes holds codes, but no codebook is given. Pass --codebook"):
         run(tmp_path, tokenizer, [{"caption": "a", "codes": IMAGE}], codebook=None, codes_per_image=())
     with pytest.raises(DataError, match=r"no rows. A corpus needs at least one document"):
@@ -199,17 +207,16 @@ def test_other_mistakes(tmp_path, tokenizer, monkeypatch):
         with pytest.raises(DataError, match=rf"--codebook={codebook} is too small"):
             run(tmp_path, tokenizer, [{"text": "a"}], codebook=codebook)
     with pytest.raises(DataError, match=r"--output='corpus/' is a folder"):
-        preprocess(Job(inputs=(str(tmp_path / "rows.jsonl"),), output="corpus/", tokenizer=str(tokenizer)))
+        preprocess(make_job(tmp_path / "rows.jsonl", output="corpus/", tokenizer=tokenizer))
     with pytest.raises(DataError, match=r"input='nowhere.jsonl' is wrong"):
-        preprocess(Job(inputs=("nowhere.jsonl",), output=str(tmp_path / "o"), tokenizer=str(tokenizer)))
+        preprocess(make_job("nowhere.jsonl", output=tmp_path / "o", tokenizer=tokenizer))
     text_only = make_tokenizer(tmp_path / "text", specials=["<eos>"])
-    with pytest.raises(DataError, match=r"has no <\|vision_start\|> or no <\|vision_end\|>, and the rows hold images"):
+    with pytest.raises(DataError, match=r"no <\|vision_start\|> or no <\|vision_end\|>, and .*rows.jsonl holds images"):
         run(tmp_path, text_only, [{"caption": "a", "codes": IMAGE}])
     with pytest.raises(DataError, match=r"no end-of-text token"):
         TextTokenizer(make_tokenizer(tmp_path / "none", specials=["<pad>"]))
-    monkeypatch.setattr("unimega.data.preprocess._MAX_ROW_BYTES", 50)
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: a row of more than 50 bytes"):
-        run(tmp_path, tokenizer, [{"text": "a"}, {"text": "b" * 60}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: a row of 72 bytes, --max-row-mb allows 5e-05 MB"):
+        run(tmp_path, tokenizer, [{"text": "a"}, {"text": "b" * 60}], row_mb=5e-5)
 
 
 def _tool(tmp_path, *arguments):
@@ -227,5 +234,8 @@ def test_the_tool(tmp_path, tokenizer):
     again = _tool(tmp_path, *common)
     assert again.returncode == 2 and again.stderr.startswith("unimega: out.idx: exists already.")
     bad = _tool(tmp_path, *common, "--codes-per-image", 5, "--overwrite")
-    assert bad.returncode == 2 and bad.stderr == "unimega: rows.jsonl:1: codes has 4 codes, codes_per_image is 5.\n"
+    assert (
+        bad.returncode == 2
+        and "unimega: rows.jsonl:1: codes has 4 codes, codes_per_image is 5. 1 of 1 rows" in bad.stderr
+    )
     assert len(read(str(tmp_path / "out"))) == 1 and not list(tmp_path.glob("*.tmp"))

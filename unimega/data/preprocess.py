@@ -1,194 +1,144 @@
-"""jsonl files to one corpus: rows, ids, `.bin/.idx/.json`; all or nothing."""
+"""Files of rows to one corpus: `.bin/.idx/.json`, all or nothing, and what a kill has left is gone on from."""
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-
-import unimega
-from unimega.data import format as layout
-from unimega.data.records.kinds import row_of_json
-from unimega.data.records.row import BadRow, Row, Rules, Segment
+from unimega.data.preparing import pool
+from unimega.data.preparing.job import Job
+from unimega.data.preparing.merge import merge, too_many, write_entries
+from unimega.data.preparing.plan import Plan, make
+from unimega.data.preparing.task import Delta, Worker
+from unimega.data.preparing.work import Work
 from unimega.data.tokenize import TextTokenizer
-from unimega.data.writer import CorpusWriter
 from unimega.errors import DataError
 
-_BLOCK_ROWS = 1000
-"""Rows tokenised together: enough for the tokenizer's own parallelism, little memory."""
-_MAX_ROW_BYTES = 64 << 20
-_MAX_SOURCES = 10_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to write."""
-
-    inputs: tuple[str, ...]
-    output: str
-    tokenizer: str
-    codebook: int | None = None
-    codes_per_image: tuple[int, ...] = ()
-    overwrite: bool = False
+_JUDGED_FROM = 1000
+"""Rows after which a job may stop for its share of bad ones; the whole is judged at the end."""
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Progress:
     """How far a job is."""
 
-    done_bytes: int
     total_bytes: int
+    """Of the inputs as they lie on disk."""
+    kept_bytes: int
+    """Done by an earlier run."""
+    done_bytes: int
+    """Done, by any."""
+    rows: int
+    """Since this run began, like what follows."""
     documents: int
-
-
-@dataclass
-class _Source:
-    """Documents of one file and one direction, in a row."""
-
-    path: str
-    direction: str
-    first_document: int
-    bytes: int
-    lines: int = 0
-    documents: int = 0
-    tokens: dict[str, int] = field(default_factory=lambda: {"text": 0, "vision": 0})
-    quarantined: dict[str, int] = field(default_factory=dict)
+    tokens: int
+    bad: int
+    seconds: float
+    merging: bool = False
 
 
 def preprocess(job: Job, progress: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
-    """Write the corpus and return its sidecar; ``progress`` is called after every block of rows.
+    """Write the corpus and return its sidecar; ``progress`` is called about twice a second or more often.
+
+    With ``job.validate`` nothing but the quarantine is written, and what is returned are the sidecar's facts without
+    the texts' tokens.
 
     Raises:
-        DataError: a file is missing, a row is bad (``file:line: why``), or the output cannot be written; nothing
-            half-written is left.
+        DataError: a file is missing or damaged, too many rows are bad (``file:line: why``), or the output cannot be
+            written; no reader sees anything half-written, and finished parts are kept for the next run.
     """
-    if not job.inputs:
-        raise DataError("--input names no file.")
-    if not Path(job.output).name or job.output.endswith("/"):
-        raise DataError(f"--output='{job.output}' is a folder. Name a prefix in it, e.g. {job.output}rows.")
-    for option, values in (("--codebook", (job.codebook,)), ("--codes-per-image", job.codes_per_image)):
-        for value in values:
-            if value is not None and value < 1:
-                raise DataError(f"{option}={value} is too small. It is at least 1; leave it out for text alone.")
-    for path in job.inputs:
-        if not Path(path).is_file():
-            raise DataError(f"input='{path}' is wrong. There is no such file.")
-    tokenizer = TextTokenizer(job.tokenizer)
-    limits = Rules(text_size=tokenizer.size, codebook=job.codebook, codes_per_image=job.codes_per_image)
-    sources: list[_Source] = []
-    done, total = 0, sum(Path(path).stat().st_size for path in job.inputs)
-    already_ended = 0
-    with CorpusWriter(job.output, overwrite=job.overwrite) as writer:
-        for path in job.inputs:
-            sources.append(_Source(path, "both", writer.num_documents, Path(path).stat().st_size))
-            first = len(sources) - 1
-            for lines, block, read in _blocks(path, limits):
-                already_ended += _write(writer, sources, tokenizer, block, path)
-                sources[first].lines += lines
-                done += read
-                progress(Progress(done, total, writer.num_documents))
-        if writer.num_documents == 0:
-            raise DataError(f"{', '.join(job.inputs)}: no rows. A corpus needs at least one document.")
-        if tokenizer.special.vision_start is None or tokenizer.special.vision_end is None:
-            _refuse_images(sources, job.tokenizer)
-        return writer.finish(_facts(job, tokenizer, sources, already_ended))
+    if not job.validate and not job.overwrite and Path(f"{job.output}.idx").exists():
+        raise DataError(f"{job.output}.idx: exists already. Choose another output or pass --overwrite.")
+    tokenizer = TextTokenizer(job.tokenizer, backend=job.backend)
+    plan = make(job, tokenizer)
+    with Work(plan) as work:
+        tasks, done = work.tasks()
+        watch = _Watch(plan, done, progress)
+        if min(job.workers, len(tasks)) <= 1:
+            worker = Worker(plan, tokenizer)
+            for task in tasks:
+                worker.run(task, watch.report)
+        else:
+            pool.run(plan, tasks, watch.report, tick=watch.tick)
+        _refuse_changed(plan)
+        watch.merging = True
+        sidecar = merge(plan, work, tick=watch.tick)
+        watch.finish()
+        work.remove()
+    return sidecar
 
 
-def _facts(job: Job, tokenizer: TextTokenizer, sources: list[_Source], already_ended: int) -> dict[str, Any]:
-    codes: int | list[int] | None = None
-    if job.codes_per_image:
-        codes = job.codes_per_image[0] if len(job.codes_per_image) == 1 else list(job.codes_per_image)
-    described = tokenizer.describe(beside=job.output)
-    resolved = {"codebook": job.codebook, "codes_per_image": codes, "inputs": list(job.inputs), "tokenizer": described}
-    return {
-        "tokenizer": described,
-        "vocabulary": {
-            "text": tokenizer.padded_size(),
-            "codebook": job.codebook,
-            "codes_per_image": codes,
-            "grid": None,
-        },
-        "counts": {"text_documents_with_eos": already_ended},
-        "sources": [asdict(source) for source in sources],
-        "made_by": {
-            "version": unimega.__version__,
-            "config_sha256": hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest(),
-        },
-    }
+class _Watch:
+    """Adds up what workers tell, and stops a job with too many bad rows early."""
 
+    def __init__(self, plan: Plan, done: int, progress: Callable[[Progress], None]) -> None:
+        self._plan, self._progress, self._kept = plan, progress, done
+        self._total = sum(file.bytes for file in plan.files)
+        self._start = time.monotonic()
+        self._bytes = self._rows = self._documents = self._tokens = 0
+        self._bad: Counter[str] = Counter()
+        self._examples: list[dict[str, Any]] = []
+        self.merging = False
 
-def _refuse_images(sources: Sequence[_Source], tokenizer: str) -> None:
-    if any(source.tokens["vision"] for source in sources):
-        raise DataError(
-            f"tokenizer='{tokenizer}' is wrong. It has no <|vision_start|> or no <|vision_end|>, and the rows hold "
-            "images. Add both as special tokens."
+    def report(self, delta: Delta) -> None:
+        """Take a worker's report."""
+        self._bytes += delta.bytes
+        self._rows += delta.rows
+        self._documents += delta.documents
+        self._tokens += delta.tokens
+        self._bad.update(delta.bad)
+        self._examples += delta.examples
+        if self._rows >= _JUDGED_FROM and self._bad.total() > self._plan.job.max_bad_share * self._rows:
+            self._stop()
+        self.tick()
+
+    def tick(self) -> None:
+        """Tell how far the job is."""
+        self._progress(
+            Progress(
+                total_bytes=self._total,
+                kept_bytes=self._kept,
+                done_bytes=min(self._total, self._kept + self._bytes),
+                rows=self._rows,
+                documents=self._documents,
+                tokens=self._tokens,
+                bad=self._bad.total(),
+                seconds=time.monotonic() - self._start,
+                merging=self.merging,
+            )
         )
 
+    def finish(self) -> None:
+        """Tell the end."""
+        self._bytes = self._total - self._kept
+        self.tick()
 
-def _blocks(path: str, limits: Rules) -> Iterator[tuple[int, list[tuple[int, Row]], int]]:
-    """(lines, rows with their line numbers, bytes read), up to ``_BLOCK_ROWS`` lines at a time."""
+    def _stop(self) -> None:
+        order = {file.shown: number for number, file in enumerate(self._plan.files)}
+        entries = sorted(self._examples, key=lambda entry: (order[entry["file"]], entry["byte"], entry["line"] or 0))
+        for entry in entries:
+            if entry["line"] is None:
+                entry["line"] = _line_at(self._plan.files[order[entry["file"]]].path, entry["byte"])
+        write_entries(self._plan, entries)
+        raise too_many(self._plan, self._rows, self._bad, entries[0])
+
+
+def _line_at(path: str, byte: int) -> int:
+    """Number of the line that starts at a byte."""
+    number = 1
     with Path(path).open("rb") as file:
-        block: list[tuple[int, Row]] = []
-        lines = before = 0
-        for number, line in _lines(file, path):
-            lines += 1
-            if line.strip():
-                try:
-                    block.append((number, row_of_json(line, limits)))
-                except BadRow as error:
-                    raise DataError(f"{path}:{number}: {error}.") from error
-            if lines == _BLOCK_ROWS:
-                here = file.tell()
-                yield lines, block, here - before
-                block, lines, before = [], 0, here
-        yield lines, block, file.tell() - before
+        while byte > 0 and (data := file.read(min(byte, _CHUNK))):
+            number += data.count(b"\n")
+            byte -= len(data)
+    return number
 
 
-def _lines(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    while line := file.readline(_MAX_ROW_BYTES + 1):
-        number += 1
-        if len(line) > _MAX_ROW_BYTES:
-            raise DataError(f"{path}:{number}: a row of more than {_MAX_ROW_BYTES} bytes. Split it.")
-        yield number, line
-
-
-def _write(
-    writer: CorpusWriter, sources: list[_Source], tokenizer: TextTokenizer, block: list[tuple[int, Row]], path: str
-) -> int:
-    """Tokenise and append a block of rows; returns how many text documents hold their own eos at the end."""
-    texts = [segment.text for _, row in block for segment in row.segments if segment.text is not None]
-    encoded = iter(tokenizer.encode(texts))
-    ended = 0
-    for line, row in block:
-        source = sources[-1]
-        if row.direction not in (None, source.direction) and source.documents == 0:
-            source.direction = row.direction or "both"
-        elif row.direction not in (None, source.direction) and _is_pair(row):
-            if len(sources) == _MAX_SOURCES:
-                raise DataError(
-                    f"{path}:{line}: data_type has changed {_MAX_SOURCES} times. Sort the rows by data_type."
-                )
-            source = _Source(path, row.direction or "both", writer.num_documents, 0)
-            sources.append(source)
-        segments = [(segment.mode, _ids(segment, encoded)) for segment in row.segments]
-        for mode, ids in segments:
-            source.tokens["vision" if mode & layout.MODALITY_BITS == layout.VISION else "text"] += len(ids)
-        source.documents += 1
-        writer.add_document(segments)
-        mode, ids = segments[-1]
-        ended += mode == layout.MODE_TEXT and len(ids) > 0 and int(ids[-1]) == tokenizer.special.eos
-    return ended
-
-
-def _is_pair(row: Row) -> bool:
-    return any(segment.mode == layout.MODE_CAPTION for segment in row.segments)
-
-
-def _ids(segment: Segment, encoded: Iterator[layout.Ids]) -> layout.Ids:
-    if segment.ids is not None:
-        return segment.ids
-    return next(encoded).astype(np.int32, copy=False)
+def _refuse_changed(plan: Plan) -> None:
+    for file in plan.files:
+        found = os.stat(file.path)
+        if (found.st_size, found.st_mtime_ns) != (file.bytes, file.mtime_ns):
+            raise DataError(f"{file.shown}: it was changed while it was read. Run again when it is complete.")

@@ -1,0 +1,1 @@
+"""Rows in files to a corpus: plan, workers, parts, merge."""

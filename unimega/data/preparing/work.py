@@ -1,0 +1,159 @@
+"""The folder of a job's parts: whose it is, which parts are there, which tasks are left."""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from unimega import log
+from unimega.data.preparing.parts import Record, read_record
+from unimega.data.preparing.plan import Plan
+from unimega.data.preparing.task import Task
+from unimega.data.writer import write_error, write_synced
+from unimega.errors import DataError
+
+_log = log.get(__name__)
+_SETTINGS, _LOCK = "job.json", "lock"
+_WORTH_KEEPING_SECONDS = 60
+
+
+class BadRows(DataError):
+    """The rows themselves do not make a corpus."""
+
+
+class Work:
+    """Opens ``PREFIX.work`` for one process, and keeps what an earlier one of the same job finished in it."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Take the folder.
+
+        Raises:
+            DataError: another process has it, it holds parts of another job, or it cannot be written.
+        """
+        self.plan, self._start = plan, time.monotonic()
+        try:
+            plan.work.mkdir(parents=True, exist_ok=True)
+            self._lock = (plan.work / _LOCK).open("w")
+        except OSError as error:
+            raise write_error(plan.work, error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise DataError(f"{plan.work}: another process writes this corpus. Wait for it, or end it.") from error
+        try:
+            self._keep_what_fits()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> "Work":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for path in self.plan.work.glob("*.tmp"):
+            path.unlink(missing_ok=True)
+        judged = isinstance(error, BadRows) and time.monotonic() - self._start < _WORTH_KEEPING_SECONDS
+        if judged or not any(self.plan.work.glob("*.part")):  # nothing that a next run would gain from
+            self.remove()
+        self._lock.close()
+
+    def remove(self) -> None:
+        """Remove all parts: the corpus is whole."""
+        shutil.rmtree(self.plan.work, ignore_errors=True)
+
+    def record(self, file: int, block: int) -> Record | None:
+        """The record of a part, None if it is not there."""
+        path = self.plan.part(file, block)
+        if not path.exists():
+            return None
+        record = read_record(path)
+        if record is None or record.job != self.plan.key:
+            path.unlink()
+            return None
+        return record
+
+    def blocks(self, file: int) -> int | None:
+        """Number of blocks of a file, None where that is not known yet."""
+        spans = self.plan.files[file].spans
+        if spans is not None:
+            return len(spans)
+        end = self.plan.end(file)
+        return int(end.read_text()) if end.exists() else None
+
+    def tasks(self) -> tuple[list[Task], int]:
+        """(what is left to do, bytes of the inputs that are done)."""
+        left: list[Task] = []
+        done = 0
+        streams = sum(file.spans is None for file in self.plan.files)
+        for number, file in enumerate(self.plan.files):
+            blocks = self.blocks(number)
+            if blocks is None:
+                turns = max(1, min(-(-self.plan.job.workers // streams), 1 + 4 * file.bytes // self.plan.task_bytes))
+                left += [Task(number, None, turn, turns) for turn in range(turns)]
+                continue
+            missing = [block for block in range(blocks) if self.record(number, block) is None]
+            if file.spans is None and missing:
+                left.append(Task(number, None))
+            elif file.spans is not None:
+                left += [Task(number, block) for block in missing]
+            done += file.bytes * (blocks - len(missing)) // max(1, blocks)
+        return left, done
+
+    def _keep_what_fits(self) -> None:
+        path = self.plan.work / _SETTINGS
+        inputs = [[file.shown, file.bytes, file.mtime_ns] for file in self.plan.files]
+        known = self._known(path)
+        for leftover in self.plan.work.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+        if known is not None and known["settings"] != self.plan.settings:
+            self._refuse_other(known["settings"])
+            known = None
+        if known is None:
+            for pattern in ("*.part", "*.end"):
+                for old in self.plan.work.glob(pattern):
+                    old.unlink()
+        else:
+            for number, (old_input, new_input) in enumerate(zip(known["inputs"], inputs, strict=True)):
+                if old_input != new_input:
+                    _log.warning("%s has changed since: all of it is read again", new_input[0])
+                    self._forget(number)
+        try:
+            temporary = path.with_suffix(".tmp")
+            write_synced(temporary, json.dumps({"settings": self.plan.settings, "inputs": inputs}).encode())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise write_error(path, error) from error
+
+    @staticmethod
+    def _known(path: Path) -> dict[str, Any] | None:
+        try:
+            return dict(json.loads(path.read_bytes()))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _forget(self, file: int) -> None:
+        for old in (*self.plan.work.glob(f"{file:05d}-*.part"), self.plan.end(file)):
+            old.unlink(missing_ok=True)
+
+    def _refuse_other(self, settings: dict[str, Any]) -> None:
+        """Parts of another job are only thrown away on request."""
+        if self.plan.job.overwrite or not any(self.plan.work.glob("*.part")):
+            return
+        differing = [name for name, value in self.plan.settings.items() if settings.get(name) != value]
+        name = differing[0] if differing else "version"
+        raise DataError(
+            f"{self.plan.work}: holds parts of another job: {name} was {_short(settings.get(name))}, is "
+            f"{_short(self.plan.settings.get(name))}. Pass --overwrite to start anew, or choose another output."
+        )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
