@@ -12,6 +12,7 @@ Everything here is numpy. ``backend.to_device`` returns the same classes with th
 ints stay host values, so no layer ever has to ask the device for a size.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,8 +138,6 @@ def make_microbatch(
     pack_length = pack_length or total
     if total % pack_length:
         raise ValueError(f"{total} tokens are not a multiple of the pack length {pack_length}")
-    if sequence_parallel and total % tp:
-        raise ValueError(f"{total} tokens cannot be cut into tp={tp} equal parts")
     is_pad = document == 0
     pack = np.arange(total) // pack_length
     group = _groups(np.where(is_pad, 0, 1 if cross_document else document), pack)
@@ -149,9 +148,6 @@ def make_microbatch(
     inverse = _inverse(permutation)
     counts = np.bincount(modality, minlength=modalities)
     edges = np.concatenate(([0], np.cumsum(counts)))
-    part = total // tp
-    low, high = (tp_rank * part, (tp_rank + 1) * part) if sequence_parallel else (0, total)
-    local = np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, None)
 
     positions = np.empty(total, dtype=np.int32)
     lengths = np.bincount(group)
@@ -169,7 +165,7 @@ def make_microbatch(
         inverse=inverse,
         counts=tuple(counts.tolist()),
         counts_array=counts.astype(np.int32),
-        local_counts=tuple(local.tolist()),
+        local_counts=rows_of_rank(counts.tolist(), tp_rank=tp_rank, tp=tp, sequence_parallel=sequence_parallel),
         pads=int(is_pad.sum()),
         to_documents=to_documents,
         from_documents=_inverse(to_documents),
@@ -186,6 +182,22 @@ def make_microbatch(
         loss_rows=rows.astype(np.int32),
         loss_counts=tuple(np.diff(np.searchsorted(rows, edges)).tolist()),
     )
+
+
+def rows_of_rank(counts: Sequence[int], *, tp_rank: int, tp: int, sequence_parallel: bool) -> tuple[int, ...]:
+    """How many rows of each modality lie in a tp rank's range; ``counts`` without sequence parallelism.
+
+    Raises:
+        ValueError: the rows cannot be cut into tp equal parts.
+    """
+    if not sequence_parallel:
+        return tuple(counts)
+    total = sum(counts)
+    if total % tp:
+        raise ValueError(f"{total} tokens cannot be cut into tp={tp} equal parts")
+    low, high = tp_rank * (total // tp), (tp_rank + 1) * (total // tp)
+    stops = list(itertools.accumulate(counts))
+    return tuple(max(0, min(stop, high) - max(stop - count, low)) for stop, count in zip(stops, counts, strict=True))
 
 
 def _groups(document: np.ndarray, pack: np.ndarray) -> np.ndarray:

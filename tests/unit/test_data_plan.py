@@ -1,7 +1,6 @@
 """The order of a run: shares, epochs, independence of ranks, evaluation, prefetching."""
 
 import collections
-import logging
 import time
 
 import numpy as np
@@ -13,7 +12,7 @@ from tests.unit.data_corpora import EOS, FIRST_WORD, VOCABULARY, facts, pair, ra
 from unimega.data import format as layout
 from unimega.data.corpus import vision_ids
 from unimega.data.loader import Loader, Place, step_batch
-from unimega.data.mixture import Cursor
+from unimega.data.mixture import Cursor, interleaved
 from unimega.data.plan import DataPlan, Recipe, Source
 from unimega.errors import ConfigError, DataError
 
@@ -50,51 +49,68 @@ def equal(one, other):
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 99), weights=st.tuples(*[st.floats(0.05, 1)] * 3), windows=st.integers(1, 4))
-def test_shares_epochs_and_order(corpora, seed, weights, windows):
+def test_shares_and_epochs(corpora, seed, weights, windows):
+    """Each document once per epoch, epoch after epoch, and each corpus within a document of its share of tokens."""
     plan = DataPlan(sources_of(corpora, **dict(zip(MIX, weights, strict=True))), VOCABULARY, recipe(seed=seed))
-    cursors, first, seen = tuple(Cursor() for _ in weights), 0, [[], [], []]
-    total = sum(corpus.weight for corpus in plan.corpora)
+    cursors, first = tuple(Cursor() for _ in weights), 0
+    seen = [collections.Counter(), collections.Counter(), collections.Counter()]
+    total = sum(plan.mixture.weights)
     for number in range(windows):
         window = plan.mixture.window(number, first, cursors)
-        for index, corpus in enumerate(plan.corpora):
-            documents = window.document[window.corpus == index]
-            seen[index] += documents.tolist()
-            goal = (number + 1) * plan.recipe.window_tokens * corpus.weight // total
+        for index, weight in enumerate(plan.mixture.weights):
+            mine = window.corpus == index
+            seen[index].update(zip(window.epoch[mine].tolist(), window.document[mine].tolist(), strict=True))
             after = window.after[index]
-            assert goal <= after.tokens < goal + 96 and after.documents == len(seen[index])
-        # in any prefix every corpus is within two documents of its share
-        length = window.choices.length
-        running = np.stack([np.cumsum(length * (window.corpus == index)) for index in range(3)])
-        shares = running[:, -1] / running[:, -1].sum()
-        assert np.abs(running - shares[:, None] * running.sum(axis=0)).max() <= 2 * length.max()
+            goal = (number + 1) * plan.recipe.window_tokens * weight // total
+            assert goal <= after.tokens < goal + 96 and after.documents == seen[index].total()
+            assert after.tokens - cursors[index].tokens == window.length[mine].sum()
         cursors, first = window.after, window.next_pack
-    for corpus, documents in zip(plan.corpora, seen, strict=True):
-        size = corpus.num_documents
-        for start in range(0, len(documents) - size + 1, size):
-            assert sorted(documents[start : start + size]) == list(range(size))
-        rest = documents[len(documents) // size * size :]
-        assert len(set(rest)) == len(rest)
+    for corpus, found in zip(plan.corpora, seen, strict=True):
+        assert set(found.values()) == {1}
+        whole, rest = divmod(len(found), corpus.num_documents)
+        per_epoch = collections.Counter(epoch for epoch, _ in found)
+        assert per_epoch == dict.fromkeys(range(whole), corpus.num_documents) | ({whole: rest} if rest else {})
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 50), max_size=60), min_size=1, max_size=4).filter(any))
+def test_in_any_prefix_every_list_is_near_its_share(lists):
+    lengths = [np.asarray(values, dtype=np.int64) for values in lists]
+    turn = interleaved(lengths)
+    origin = np.repeat(np.arange(len(lists)), [len(values) for values in lists])[turn]
+    length = np.concatenate(lengths)[turn]
+    assert all((np.diff(turn[origin == index]) > 0).all() for index in range(len(lists)))
+    running = np.stack([np.cumsum(length * (origin == index)) for index in range(len(lists))])
+    shares = running[:, -1] / running[:, -1].sum()
+    assert np.abs(running - shares[:, None] * running.sum(axis=0)).max() <= len(lists) * length.max()
 
 
 def test_every_document_lies_in_one_pack(plan):
-    window = plan._window_of(0)
-    assert sorted(window.packs.items.tolist()) == list(range(len(window.document)))
-    assert window.choices.length.sum() == sum((plan.pack(n).document > 0).sum() for n in range(window.next_pack))
+    window = plan.window_of(0)
+    sums = np.add.reduceat(window.length, window.starts[:-1])
+    assert sums.max() <= 96 and window.starts[-1] == len(window.document)
+    assert [(plan.pack(n).document > 0).sum() for n in range(window.next_pack)] == sums.tolist()
 
 
 def test_another_corpus_moves_nobody(corpora):
     alone = DataPlan(sources_of(corpora, pairs=1.0), VOCABULARY, recipe())
     joined = DataPlan(sources_of(corpora, text=1.0, pairs=1.0), VOCABULARY, recipe())
-    one, two = alone._window_of(0), joined._window_of(0)
+    one, two = (plan.mixture.window(0, 0, [Cursor()] * len(plan.corpora)) for plan in (alone, joined))
     mine = two.corpus == 1
+    drawn = {
+        (epoch, document): length
+        for epoch, document, length in zip(one.epoch.tolist(), one.document.tolist(), one.length.tolist(), strict=True)
+    }
     assert mine.sum() > 100
-    assert np.array_equal(one.document[: mine.sum()], two.document[mine])
-    assert np.array_equal(one.choices.variant[: mine.sum()], two.choices.variant[mine])
+    for epoch, document, length in zip(
+        two.epoch[mine].tolist(), two.document[mine].tolist(), two.length[mine].tolist(), strict=True
+    ):
+        assert drawn[epoch, document] == length
 
 
 def test_the_order_follows_the_seed_alone(corpora, plan):
     again = DataPlan(sources_of(corpora, **MIX), VOCABULARY, recipe())
-    last = plan._window_of(0).next_pack + 3
+    last = plan.window_of(0).next_pack + 3
     assert plan.hash() == again.hash() and equal(plan.pack(5), again.pack(5))
     late = again.pack(last)  # asked for out of order
     assert equal(plan.pack(last), late) and equal(plan.pack(0), again.pack(0))
@@ -112,7 +128,7 @@ def test_far_packs_need_two_windows_in_memory(corpora):
 @pytest.mark.parametrize("dp", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_ranks_and_microbatches_only_share_the_packs_out(plan, dp, micro):
-    border = plan._window_of(0).next_pack // 8  # a step that crosses windows
+    border = plan.window_of(0).next_pack // 8  # a step that crosses windows
     for step in (0, border):
         by_pack = {}
         for rank in range(dp):
@@ -142,9 +158,8 @@ def test_targets_are_what_the_packs_hold(plan):
 
 def test_tensor_parallel_ranks_get_their_rows(plan):
     for rank in range(2):
-        (batch,) = plan.microbatches(
-            0, global_batch_packs=1, micro_batch_packs=1, loss_scale=[1, 1], tp_rank=rank, tp=2, sequence_parallel=True
-        )
+        place = Place(global_batch_packs=1, micro_batch_packs=1, tp_rank=rank, tp=2, sequence_parallel=True)
+        (batch,) = step_batch(plan, 0, place, [1, 1]).microbatches
         assert sum(batch.order.local_counts) == 48
 
 
@@ -170,14 +185,14 @@ def test_over_long_documents(tmp_path):
     ):
         DataPlan([Source(path=prefix)], VOCABULARY, recipe(), evaluation=True)
     plan = DataPlan([Source(path=prefix)], VOCABULARY, recipe(overlong="drop", window_tokens=1 << 12))
-    window = plan._window_of(0)
+    window = plan.window_of(0)
     (cursor,) = window.after
     drawn = collections.Counter(plan.corpora[0].stream(1, 0, cursor.documents)[1].tolist())
-    assert cursor.dropped == 97 * drawn[1] and cursor.tokens == window.choices.length.sum() >= 1 << 12
+    assert cursor.dropped == 97 * drawn[1] and cursor.tokens == window.length.sum() >= 1 << 12
     assert cursor.tokens == sum((plan.pack(n).document > 0).sum() for n in range(window.next_pack))
     assert "dropped" in plan.describe() and 1 not in window.document
     whole = DataPlan([Source(path=prefix)], VOCABULARY, recipe(overlong="drop"), evaluation=True)
-    assert sorted(whole._window_of(0).document.tolist()) == [0, 2, 3]
+    assert sorted(whole.window_of(0).document.tolist()) == [0, 2, 3]
     image = write(tmp_path / "image", [pair([8], [0] * 95)])
     with pytest.raises(DataError, match=r"image document 0 .*: image of 97 tokens, data.pack_length is 96"):
         DataPlan([Source(path=image)], VOCABULARY, recipe(overlong="drop"))
@@ -213,8 +228,8 @@ def test_megatron_text_joins_ours(tmp_path, corpora):
     with pytest.raises(ConfigError, match=r"no corpus has a sidecar that names eos"):
         DataPlan([Source(path=str(prefix))], VOCABULARY, recipe())
     plan = DataPlan([Source(path=str(prefix)), *sources_of(corpora, text=1.0)], VOCABULARY, recipe(), evaluation=True)
-    window = plan._window_of(0)
-    lengths = dict(zip(window.document[window.corpus == 0], window.choices.length[window.corpus == 0], strict=True))
+    window = plan.window_of(0)
+    lengths = dict(zip(window.document[window.corpus == 0], window.length[window.corpus == 0], strict=True))
     assert lengths == {0: 3, 1: 2, 2: 3}
     assert all(plan.pack(n).mask.any() for n in range(plan.num_packs))
 
@@ -223,11 +238,15 @@ def test_vision_ids_of_the_tokenizer(corpora):
     assert vision_ids(list(corpora.values())) == (3,)
 
 
-def test_a_window_of_thousands_of_epochs_is_told(tmp_path, caplog):
-    prefix = write(tmp_path / "a", [[(layout.MODE_TEXT, [8] * 95)]])
-    with caplog.at_level(logging.INFO, logger="unimega.data.plan"):
-        DataPlan([Source(path=prefix)], VOCABULARY, recipe(window_tokens=1 << 23))
-    assert "plans about 88301 epochs of a at once" in caplog.text and "padding 0.00 %" in caplog.text
+def test_a_window_is_no_larger_than_is_needed(tmp_path):
+    """Of one token and its eos each, 2^28 tokens would be 10^8 documents."""
+    prefix = write(tmp_path / "a", [[(layout.MODE_TEXT, [8])]])
+    start = time.process_time()
+    plan = DataPlan([Source(path=prefix)], VOCABULARY, recipe(window_tokens=1 << 28))
+    assert time.process_time() - start < 5
+    assert plan.mixture.window_tokens == 1 << 18 and len(plan.window_of(0).document) == 1 << 17
+    wide = write(tmp_path / "wide", [[(layout.MODE_TEXT, [8] * 90)]])
+    assert DataPlan([Source(path=wide)], VOCABULARY, recipe()).mixture.window_tokens == 1 << 13
 
 
 def test_the_loader_keeps_order_and_ends(plan):

@@ -1,10 +1,12 @@
 """A corpus inside a run: the pair on disk, its name, its share, and the shapes of its documents."""
 
+import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ Ints = npt.NDArray[np.int64]
 BOTH, T2I_ONLY, I2T_ONLY = range(3)
 DIRECTIONS = ("both", "t2i", "i2t")
 """What may be done with the pairs of a corpus; a direction's number is its place."""
-_WEIGHT_UNIT = 1 << 20
+_ADVISED_BYTES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class Source:
     """Prefix of its files."""
     weight: float = 1.0
     """Share of tokens after assembly, relative to the other corpora's."""
+    epochs: float | None = None
+    """How often the run reads it, in place of a weight."""
     direction: str = "both"
     name: str = ""
     """Seeds its order; absent: the last part of the path."""
@@ -49,23 +53,37 @@ def vision_ids(prefixes: Sequence[str]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """What the length of n documents follows from; all arrays [n]."""
+class Stored:
+    """n documents as the files hold them, S sequences in all."""
 
-    is_pair: npt.NDArray[np.bool_]
-    """Exactly one caption and one image: the only documents whose direction is free."""
+    corpus: npt.NDArray[np.int16]
+    """[n] number of each document's corpus in the run."""
+    key: npt.NDArray[np.uint64]
+    """[n] what seeds the draws of its corpus."""
+    epoch: Ints
+    document: Ints
     direction: npt.NDArray[np.int8]
-    """What may be done with a pair."""
-    caption: Ints
-    """Tokens of a pair's caption."""
-    codes: Ints
-    """Codes of a pair's image."""
-    longest_image: Ints
-    """Codes of the longest image; 0: none."""
-    tokens: Ints
-    """Tokens after assembly of a document in its stored order, begin and end of images and eos included."""
-    targets: tuple[Ints, Ints]
-    """Targets per modality of the input token, text and vision, of a document in its stored order."""
+    """[n] what may be done with it if it is a pair."""
+    ended: npt.NDArray[np.bool_]
+    """[n] whether its last sequence ends in eos once it is laid out, by being an answer or by what is stored."""
+    starts: Ints
+    """[n + 1] places in the arrays below."""
+    address: Ints
+    """[S] first element in `.bin`."""
+    length: Ints
+    mode: npt.NDArray[np.int8]
+
+    @staticmethod
+    def joined(parts: Sequence["Stored"]) -> "Stored":
+        """All documents of the parts, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in Stored.__dataclass_fields__
+        }
+        counts = np.concatenate([np.diff(part.starts) for part in parts])
+        columns["starts"] = np.concatenate(([0], np.cumsum(counts)))
+        return Stored(**columns)
 
 
 class Corpus:
@@ -81,7 +99,6 @@ class Corpus:
         self.source = source
         self.name = source.name or Path(source.path).name
         self.key = zlib.crc32(self.name.encode())
-        self.weight = max(1, round(source.weight * _WEIGHT_UNIT))
         self.reader = IndexedCorpus(source.path)
         self.reader.check()
         self.num_documents = self.reader.num_documents
@@ -114,6 +131,11 @@ class Corpus:
         """Whether any image is stored."""
         return bool(self.reader.sidecar and self.reader.sidecar["counts"]["images"])
 
+    @cached_property
+    def stored_tokens(self) -> int:
+        """Elements of all sequences."""
+        return int(self.reader.lengths.sum(dtype=np.int64))
+
     def stream(self, seed: int, start: int, count: int) -> tuple[Ints, Ints]:
         """Epochs and documents at places [start, start + count) of the endless shuffled stream: int64 [count] each."""
         size = self.num_documents
@@ -132,6 +154,19 @@ class Corpus:
             start, count = start + take, count - take
         return np.concatenate(epochs), np.concatenate(documents)
 
+    def read_ahead(self, address: Ints, length: Ints) -> None:
+        """Ask the operating system for runs of elements; short ones are not worth a call and come with their page."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        size = self.reader.dtype.itemsize
+        long = length * size >= _ADVISED_BYTES
+        for start, count in zip((address[long] * size).tolist(), (length[long] * size).tolist(), strict=True):
+            os.posix_fadvise(self._file.fileno(), start, count, os.POSIX_FADV_WILLNEED)
+
+    @cached_property
+    def _file(self) -> FileIO:
+        return self.reader.bin_path.open("rb", buffering=0)
+
     def source_of(self, document: int) -> str:
         """The file that a document came from, for messages."""
         if self.reader.sidecar is None:
@@ -140,70 +175,40 @@ class Corpus:
         at = bisect_right([item["first_document"] for item in sources], document) - 1
         return str(sources[at]["path"])
 
-    def shapes(self, documents: Ints, *, eos: int, mask_instructions: bool) -> Shapes:
-        """Shapes of the given documents, vectorised over them."""
+    def gather(self, epochs: Ints, documents: Ints, *, eos: int, number: int = 0) -> Stored:
+        """Look documents up in the index, vectorised over them; ``number`` is this corpus's in the run."""
         reader = self.reader
         first = reader.documents[documents]
         count = reader.documents[documents + 1] - first
-        ends = np.cumsum(count)
-        starts = ends - count
-        sequence = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(first - starts, count)
-        length = reader.lengths[sequence].astype(np.int64)
+        starts = np.zeros(len(documents) + 1, dtype=np.int64)
+        np.cumsum(count, out=starts[1:])
+        sequence = np.arange(starts[-1]) + np.repeat(first - starts[:-1], count)
         mode = reader.modes[sequence]
-        image = layout.modality_of(mode) == layout.VISION
-        context = layout.is_context(mode)
-        answer = layout.role_of(mode) == layout.ANSWER
-        caption = mode == layout.MODE_CAPTION
-
-        def total(values: np.ndarray[Any, Any]) -> Ints:
-            sums = np.zeros(len(values) + 1, dtype=np.int64)
-            np.cumsum(values, out=sums[1:])
-            result: Ints = sums[ends] - sums[starts]
-            return result
-
-        emitted = length + 2 * image + answer
-        wanted = ~context if mask_instructions else np.ones_like(context)
-        ends_in_eos = self._end_in_eos(first, count, answer, starts, eos)
-        tokens = total(emitted) + ~ends_in_eos
-        vision = total((length + 1) * (image & wanted))
-        text = total(np.where(image, 1, emitted) * wanted) - self._first_wanted(emitted, wanted, starts, ends)
-        text += ~ends_in_eos & (tokens > 1)
-        is_pair = (count == 2) & (total(image & ~context) == 1) & (total(caption) == 1)
-        return Shapes(
-            is_pair=is_pair,
+        return Stored(
+            corpus=np.full(len(documents), number, dtype=np.int16),
+            key=np.full(len(documents), self.key, dtype=np.uint64),
+            epoch=epochs,
+            document=documents,
             direction=self._directions(documents),
-            caption=total(length * caption),
-            codes=total(length * image),
-            longest_image=_longest(length * image, starts, count),
-            tokens=tokens,
-            targets=(text, vision),
+            ended=self._end_in_eos(first, count, mode, starts[:-1], eos),
+            starts=starts,
+            address=reader.pointers[sequence] // reader.dtype.itemsize,
+            length=reader.lengths[sequence].astype(np.int64),
+            mode=mode,
         )
 
     def _end_in_eos(
-        self, first: Ints, count: Ints, answer: npt.NDArray[np.bool_], starts: Ints, eos: int
+        self, first: Ints, count: Ints, mode: npt.NDArray[np.int8], starts: Ints, eos: int
     ) -> npt.NDArray[np.bool_]:
         """Whether a document's own sequences end in eos already: after an answer, or a Megatron-LM text."""
-        some = count > 0
-        last = np.where(some, starts + count - 1, 0)
-        ended = some & (answer[last] if len(answer) else False)
+        ended = np.zeros(len(first), dtype=np.bool_)
+        some = np.flatnonzero(count > 0)
+        last = mode[starts[some] + count[some] - 1]
+        ended[some] = layout.role_of(last) == layout.ANSWER
         if self.may_hold_eos:
-            plain = some & ~ended
-            at = np.where(plain, first + count - 1, 0)
-            is_text = layout.modality_of(self.reader.modes[at]) == layout.TEXT if self.reader.sequences else plain
-            plain &= is_text
-            ended[plain] = self.reader.last_ids(at[plain]) == eos
-        return np.asarray(ended, dtype=np.bool_)
-
-    @staticmethod
-    def _first_wanted(emitted: Ints, wanted: npt.NDArray[np.bool_], starts: Ints, ends: Ints) -> Ints:
-        """1 where a document's first token lies in a wanted sequence: nothing predicts that token."""
-        filled = np.flatnonzero(emitted > 0)
-        if not len(filled):
-            return np.zeros(len(starts), dtype=np.int64)
-        place = np.minimum(np.searchsorted(filled, starts), len(filled) - 1)
-        at = filled[place]
-        inside = (at >= starts) & (at < ends)
-        return (inside & wanted[at]).astype(np.int64)
+            plain = some[(layout.modality_of(last) == layout.TEXT) & ~ended[some]]
+            ended[plain] = self.reader.last_ids(first[plain] + count[plain] - 1) == eos
+        return ended
 
     def _check_modalities(self) -> None:
         highest = int(layout.modality_of(self.reader.modes).max(initial=0))
@@ -233,12 +238,3 @@ class Corpus:
             return np.full(len(documents), run, dtype=np.int8)
         own = stored[np.searchsorted(borders, documents, side="right") - 1]
         return np.where(own == BOTH, run, own).astype(np.int8)
-
-
-def _longest(values: Ints, starts: Ints, count: Ints) -> Ints:
-    """Largest value of each run of ``count`` values from ``starts``; 0 of none."""
-    out = np.zeros(len(starts), dtype=np.int64)
-    some = count > 0
-    if some.any():
-        out[some] = np.maximum.reduceat(values, starts[some])
-    return out

@@ -1,12 +1,23 @@
-"""Micro-batches step by step, built ahead by one background thread that keeps their order."""
+"""Micro-batches step by step, built ahead by one background thread that keeps their order.
+
+One thread is enough, by far: a core fills tens of millions of tokens a second. The plan knows the future, so the
+documents of the next packs are asked of the operating system before they are needed.
+"""
 
 import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from unimega.batch import Microbatch
+from unimega.data.collate import Draft, Rank
 from unimega.data.plan import DataPlan
+from unimega.errors import DataError
+
+BLOCK_PACKS = 64
+"""About so many packs of a rank are laid out at a time: the numpy calls for it are shared by all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +25,7 @@ class Place:
     """Which part of a step a rank builds."""
 
     global_batch_packs: int
+    """A multiple of dp x micro_batch_packs, as ``config.rules`` has checked."""
     micro_batch_packs: int
     dp_rank: int = 0
     dp: int = 1
@@ -21,6 +33,22 @@ class Place:
     tp: int = 1
     sequence_parallel: bool = False
     cross_document: bool = False
+
+    def packs(self, step: int) -> list[int]:
+        """Global packs of this rank: pack i of micro-batch a of step s is ``s G + (a dp + r) m + i``."""
+        micro = self.micro_batch_packs
+        first = range(self.dp_rank * micro, self.global_batch_packs, self.dp * micro)
+        return [step * self.global_batch_packs + start + i for start in first for i in range(micro)]
+
+    @property
+    def rank(self) -> Rank:
+        """What the token order needs to know of it."""
+        return Rank(
+            tp_rank=self.tp_rank,
+            tp=self.tp,
+            sequence_parallel=self.sequence_parallel,
+            cross_document=self.cross_document,
+        )
 
 
 @dataclass(frozen=True)
@@ -40,23 +68,56 @@ def step_batch(plan: DataPlan, step: int, place: Place, loss_weights: Sequence[f
 
     Args:
         loss_weights: weight of a target per modality of its input token.
+
+    Raises:
+        DataError: a document cannot be read as planned.
     """
+    return _filled(plan, step, place, loss_weights, plan.draft(place.packs(step)))
+
+
+def _filled(plan: DataPlan, step: int, place: Place, loss_weights: Sequence[float], draft: Draft) -> StepBatch:
+    """The step whose packs are in the draft."""
     targets = plan.targets(step, global_batch_packs=place.global_batch_packs)
     denominator = float(sum(weight * int(count) for weight, count in zip(loss_weights, targets, strict=True)))
-    scale = [weight / denominator if denominator > 0 else 0.0 for weight in loss_weights]
-    microbatches = plan.microbatches(
-        step,
-        global_batch_packs=place.global_batch_packs,
-        micro_batch_packs=place.micro_batch_packs,
-        loss_scale=scale,
-        dp_rank=place.dp_rank,
-        dp=place.dp,
-        tp_rank=place.tp_rank,
-        tp=place.tp,
-        sequence_parallel=place.sequence_parallel,
-        cross_document=place.cross_document,
+    scale = np.asarray([weight / denominator if denominator > 0 else 0.0 for weight in loss_weights], dtype=np.float32)
+    packs, micro, rank = place.packs(step), place.micro_batch_packs, place.rank
+    microbatches = tuple(
+        plan.collate(draft.slice(first, first + micro), packs[first : first + micro], scale=scale, rank=rank)
+        for first in range(0, len(packs), micro)
     )
-    return StepBatch(step, tuple(targets.tolist()), denominator, tuple(microbatches))
+    return StepBatch(step, tuple(targets.tolist()), denominator, microbatches)
+
+
+def step_batches(
+    plan: DataPlan, place: Place, loss_weights: Sequence[float], *, first_step: int = 0, last_step: int | None = None
+) -> Iterator[StepBatch]:
+    """Steps one after another, equal to ``step_batch`` of each, laid out in blocks with one block read ahead."""
+    mine = max(1, len(place.packs(0)))
+    stride = max(1, BLOCK_PACKS // mine)
+
+    def drafted(first: int) -> tuple[range, Draft] | None:
+        steps = range(first, first + stride if last_step is None else min(first + stride, last_step))
+        if not steps:
+            return None
+        draft = plan.draft([pack for step in steps for pack in place.packs(step)])
+        plan.read_ahead(draft)
+        return steps, draft
+
+    block = drafted(first_step)
+    while block is not None:
+        steps, draft = block
+        behind: tuple[range, Draft] | None = None
+        failed: DataError | None = None
+        for at, step in enumerate(steps):
+            yield _filled(plan, step, place, loss_weights, draft.slice(at * mine, (at + 1) * mine))
+            if at == len(steps) // 2:  # in the middle, so that the first step of a run waits for one block only
+                try:
+                    behind = drafted(steps.stop)
+                except DataError as error:  # not before the steps that it does not touch
+                    failed = error
+        if failed is not None:
+            raise failed
+        block = behind
 
 
 class Loader:
@@ -73,8 +134,7 @@ class Loader:
         prefetch_steps: int = 2,
     ) -> None:
         """Start the thread; it stops at the last step, at the first error, or at ``close``."""
-        self._plan, self._place, self._loss_weights = plan, place, tuple(loss_weights)
-        self._steps = first_step, last_step
+        self._steps = step_batches(plan, place, tuple(loss_weights), first_step=first_step, last_step=last_step)
         self._ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(maxsize=prefetch_steps)
         self._stop = threading.Event()
         self._ended = False
@@ -102,12 +162,12 @@ class Loader:
         self._thread.join()
 
     def _work(self) -> None:
-        step, last = self._steps
         end: BaseException | None = None
         try:
-            while not self._stop.is_set() and (last is None or step < last):
-                self._hand_over(step_batch(self._plan, step, self._place, self._loss_weights))
-                step += 1
+            for batch in self._steps:
+                self._hand_over(batch)
+                if self._stop.is_set():
+                    break
         except Exception as error:  # travels to the consumer, who raises it
             end = error
         self._hand_over(end)

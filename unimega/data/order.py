@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from unimega.data import native
+
 Words = npt.NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -49,6 +51,14 @@ def permute(size: int, key: int, start: int, count: int) -> npt.NDArray[np.int64
 
     Time and memory follow ``count``, not ``size`` (above ``SORTED_BELOW``).
     """
+    if native.helper is None:
+        return permute_python(size, key, start, count)
+    places: npt.NDArray[np.int64] = native.helper.permute(size, key, start, count)
+    return places
+
+
+def permute_python(size: int, key: int, start: int, count: int) -> npt.NDArray[np.int64]:
+    """``permute`` without the C++ helper."""
     if size <= SORTED_BELOW:
         return permute_whole(size, np.asarray([key], dtype=np.uint64))[0, start : start + count]
     half = np.uint64(((size - 1).bit_length() + 1) // 2)

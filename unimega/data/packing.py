@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from unimega.data import native
+
 OPEN_PACKS = 64
 
 
@@ -35,8 +37,17 @@ def best_fit(lengths: npt.NDArray[np.int64], pack_length: int, *, open_packs: in
         lengths: [items], each in 1 .. ``pack_length`` (the caller has seen to longer ones).
         pack_length: room of a pack.
     """
-    if len(lengths) and (int(lengths.min()) < 1 or int(lengths.max()) > pack_length):
-        raise ValueError(f"lengths {lengths.min()}..{lengths.max()} do not lie in 1..{pack_length}")
+    if native.helper is None:
+        return best_fit_python(lengths, pack_length, open_packs=open_packs)
+    return Packs(*native.helper.best_fit(lengths, pack_length, open_packs=open_packs))
+
+
+def best_fit_python(lengths: npt.NDArray[np.int64], pack_length: int, *, open_packs: int = OPEN_PACKS) -> Packs:
+    """``best_fit`` without the C++ helper."""
+    outside = np.flatnonzero((lengths < 1) | (lengths > pack_length))
+    if len(outside):
+        first = int(outside[0])
+        raise ValueError(f"item {first} has length {lengths[first]}, which does not lie in 1..{pack_length}")
     rooms: list[int] = []  # ascending; `packs` in the same order
     packs: list[list[int]] = []
     items: list[int] = []
