@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 400, 260
-LEFT, RIGHT, TOP, BOTTOM = 40, 10, 12, 34
+LEFT, RIGHT, TOP, BOTTOM = 40, 16, 12, 34
 MOST_POINTS = 400
 
 Place = Callable[[float, float], tuple[float, float]]
@@ -51,6 +51,7 @@ def chart(
         x, y = place(0, level)
         parts.append(f'<line class="floor" x1="{x:.1f}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
         label = f"{escape(name)} {level:.2f}"
+        y += 13 if level < 0.1 * y_top else 0  # below a low one: curves end just above it
         parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{y - 3:.1f}" text-anchor="end">{label}</text>')
     parts += [_drawn(line, place) for line in lines]
     return "".join([*parts, "</svg>", _legend(lines)])

@@ -29,6 +29,8 @@ class Described:
     scan: Scans
     reconstruction: Scans
     caption: str
+    truth: str
+    """The digit that it is, in a word."""
     is_right: bool
 
 
@@ -130,10 +132,15 @@ def _strip(scans: Iterable[Described]) -> str:
     figures = (
         f'<figure{"" if one.is_right else " class=wrong"}><div class="pair">{_image(one.scan, "held-out scan")}'
         f"{_image(one.reconstruction, 'from its codes')}</div>"
-        f"<figcaption>{escape(one.caption) or '(nothing)'}</figcaption></figure>"
+        f"<figcaption>{_caption(one)}</figcaption></figure>"
         for one in scans
     )
     return f'<div class="strip">{"".join(figures)}</div>'
+
+
+def _caption(one: Described) -> str:
+    said = escape(one.caption) or "(nothing)"
+    return said if one.is_right else f"{said}<br>it is a {one.truth}"
 
 
 def _strips(pictures: Pictures) -> str:
@@ -252,4 +259,5 @@ def _warps(pictures: Pictures) -> str:
 
 def _footer(figures: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{escape(name)} {escape(version)}" for name, version in figures["versions"].items())
-    return f"<footer>{versions}. Captions: {escape(', '.join(CAPTIONS))}. All figures: report.json.</footer>"
+    captions = ", ".join(caption.format("...") for caption in CAPTIONS)
+    return f"<footer>{versions}. Captions: {escape(captions)}. All figures: report.json.</footer>"

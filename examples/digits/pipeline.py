@@ -100,20 +100,22 @@ class Demo:
         """What the checkpoints before the last could do: exported, judged and thrown away, one after the other."""
         steps = [number for number in range(EVERY, self.run.steps, EVERY) if self._step(number).is_dir()]
         data, book = corpus.read_scans(self.folder)
-        svm, found = judge.train_judge(data), {}
+        svm, path = judge.train_judge(data), self.folder / "history.json"
+        found = (read_json(path) if started.again else None) or {}
         codes = book.encode(data.scans[data.held_out])
         target = self.folder / "export_earlier"
-        with bar("history", len(steps), unit="export") as progress:
-            for step in steps:
+        with bar("history", len(steps), unit="export", done=len(found)) as progress:
+            for step in (step for step in steps if str(step) not in found):
                 export(self._step(step), target, tick=lambda: redraw(progress))
                 sampler = Sampler(target)
                 drawn = draw(sampler, self.split, tick=lambda: redraw(progress))
                 labels, _ = asked(self.split)
                 sampled = judge.Sampled(labels, drawn, sampler.describe(codes, tick=lambda: redraw(progress)))
                 found[str(step)] = judge.accuracies(data, book, sampled, svm)
+                write_json(path, found)
                 progress.update()
         shutil.rmtree(target, ignore_errors=True)
-        return [_written(self.folder / "history.json", found)]
+        return [_written(path, found)]
 
     def _step(self, number: int) -> Path:
         return self.run.checkpoints / f"step-{number:08d}"

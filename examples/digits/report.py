@@ -10,7 +10,7 @@ from typing import Any
 
 import judge
 import numpy as np
-from corpus import CAPTIONS, COPIES, Codebook, Numbers, Scans, Split, Tick, warped
+from corpus import CAPTIONS, COPIES, DIGITS, Codebook, Numbers, Scans, Split, Tick, warped
 from curve import FLOORS, WINDOW, compare, read_evaluations, read_metrics, throughput
 from page import Beside, Described, Pictures, page
 from pictures import caption_rows, draw_curve, draw_grid
@@ -98,7 +98,7 @@ def choose(results: Results, verdict: judge.Verdict) -> Pictures:
     truth = data.labels[data.held_out]
     rebuilt = results.book.decode(results.book.encode(data.scans[data.held_out]))
     described = [
-        Described(data.scans[scan], rebuilt[i], sampled.said[i], bool(verdict.named[i] == truth[i]))
+        Described(data.scans[scan], rebuilt[i], sampled.said[i], DIGITS[truth[i]], bool(verdict.named[i] == truth[i]))
         for i, scan in enumerate(data.held_out)
     ]
     of_digit = [np.flatnonzero(data.labels[data.held_out] == digit)[0] for digit in range(10)]

@@ -65,7 +65,9 @@ class Stages:
         found = read_json(marker)
         if found is None or found.get("inputs") != inputs:
             found = None
-        if found is not None and "files" in found and self._is_whole(found["files"]):
+        if found is not None and "files" in found and not self._is_whole(found["files"]):
+            found = None  # what somebody changed is nothing to go on with
+        if found is not None and "files" in found:
             tell(f"{name:8} kept, made in {found['wall_s']:.1f} s: {say}")
         else:
             found = self._work(marker, work, inputs, earlier=found)

@@ -89,7 +89,7 @@ def check(run: Run) -> None:
 def train(run: Run, started: Started) -> list[Path]:
     """Train, one process per rank; returns what later stages read."""
     check(run)
-    if not started.again:
+    if not (started.again and any(run.checkpoints.glob("step-*"))):
         for folder in (run.logs, run.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
     run.logs.mkdir(parents=True, exist_ok=True)
