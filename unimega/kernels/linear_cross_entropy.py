@@ -53,8 +53,8 @@ def reference(
     z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the module: the definition in plain torch."""
-    options = {"group": group, "vocab_start": vocab_start, "vocab_rows": vocab_rows, "chunk": chunk, "z_loss": z_loss}
-    return in_chunks(statistics, gradient, x, weight, labels, token_weights, **options)
+    sizes = (vocab_start, vocab_rows, chunk)
+    return in_chunks(statistics, gradient, x, weight, labels, token_weights, *sizes, group=group, z_loss=z_loss)
 
 
 def in_chunks(
@@ -64,11 +64,11 @@ def in_chunks(
     weight: torch.Tensor,
     labels: torch.Tensor,
     token_weights: torch.Tensor,
-    *,
-    group: dist.ProcessGroup | None,
     vocab_start: int,
     vocab_rows: int,
     chunk: int | None,
+    *,
+    group: dist.ProcessGroup | None,
     z_loss: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op, from an implementation's two passes over the logits of a chunk."""
@@ -133,7 +133,7 @@ def _chunk(
     passes: Passes,
     needs_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradient of the logits [c, real] in the dtype of x (or nothing of use), cross-entropy [c] and lse [c] of some rows.
+    """Gradient of the logits [c, real] in the dtype of x (or nothing of use), cross-entropy [c], lse [c].
 
     weight holds real rows only; labels are relative to its first row, and out of its range where another rank has them.
     """

@@ -1,7 +1,5 @@
 """The two passes over a chunk's logits in Triton; the GEMMs stay cuBLAS's, which no kernel of ours would reach."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import triton
@@ -60,8 +58,8 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``unimega.kernels.linear_cross_entropy``."""
-    options: dict[str, Any] = {"group": group, "vocab_start": vocab_start, "vocab_rows": vocab_rows, "chunk": chunk}
-    return in_chunks(statistics, gradient, x, weight, labels, token_weights, z_loss=z_loss, **options)
+    sizes = (vocab_start, vocab_rows, chunk)
+    return in_chunks(statistics, gradient, x, weight, labels, token_weights, *sizes, group=group, z_loss=z_loss)
 
 
 def statistics(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, None]:
