@@ -242,6 +242,18 @@ RULES = [
         'data.train=[] names no corpus. Give at least one table such as { path = "corpus/a" }.',
     ),
     ({}, {"data": {"train": [{"path": "a", "weight": 0}]}}, "data.train[0].weight=0.0 is too small. It is above 0."),
+    ({}, {"data": {"train": [{"path": "a", "epochs": 0}]}}, "data.train[0].epochs=0.0 is too small. It is above 0."),
+    (
+        {},
+        {"data": {"train": [{"path": "a", "epochs": 2}, {"path": "b"}]}},
+        "data.train[1] has no epochs, another source has. Give epochs to all or to none.",
+    ),
+    (
+        {},
+        {"data": {"train": [{"path": "a", "epochs": 2, "weight": 3}]}},
+        "data.train[0] has weight=3.0 and epochs=2.0. Remove one of the two.",
+    ),
+    ({}, {"data": {"row_separator": -1}}, "data.row_separator=-1 is too small. It is at least 0."),
     (
         {},
         {"data": {"evaluation": ["x/held_out", "b", "y/held_out"]}},

@@ -182,6 +182,7 @@ def _tokens(config: RunConfig) -> None:
 
 AT_LEAST = (
     ("data.pack_length", 2),
+    ("data.row_separator", 0),
     ("data.seed", 0),
     ("optimizer.min_lr", 0),
     ("optimizer.weight_decay", 0),
@@ -266,6 +267,14 @@ def _sources(config: RunConfig) -> None:
     for i, source in enumerate(config.data.train):
         if source.weight <= 0:
             raise ConfigError(f"data.train[{i}].weight={source.weight} is too small. It is above 0.")
+        if source.epochs is None and any(other.epochs is not None for other in config.data.train):
+            raise ConfigError(f"data.train[{i}] has no epochs, another source has. Give epochs to all or to none.")
+        if source.epochs is not None and source.epochs <= 0:
+            raise ConfigError(f"data.train[{i}].epochs={source.epochs} is too small. It is above 0.")
+        if source.epochs is not None and source.weight != 1.0:
+            raise ConfigError(
+                f"data.train[{i}] has weight={source.weight} and epochs={source.epochs}. Remove one of the two."
+            )
 
 
 def _evaluation(config: RunConfig) -> None:

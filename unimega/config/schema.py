@@ -92,6 +92,8 @@ class Source:
     """Prefix of its .bin and .idx."""
     weight: float = 1.0
     """Share of the tokens after assembly, relative to the other sources."""
+    epochs: float | None = None
+    """In place of weight, in all sources or in none: its share is so many times its own tokens."""
     direction: Literal["both", "t2i", "i2t"] = "both"
     """What to make of pairs of text and image: both, text to image only, image to text only."""
 
@@ -108,18 +110,21 @@ class DataConfig:
     """Tokenizer folder. Absent: the one that is recorded beside the corpus."""
     pack_length: int
     """Tokens of a pack; a pack holds whole documents."""
-    overlong: Literal["error", "drop"] = "error"
-    """A document longer than a pack ends the run once its window is planned, or is left out. None is ever cut."""
+    overlong: Literal["error", "drop", "split_text"] = "error"
+    """A document longer than a pack: ends the run once its window is planned; is left out and counted in the log; is
+    cut between tokens of text and between images, each part a document of its own. An image is never cut."""
     t2i_ratio: float = 0.5
     """Share of pairs that become text-to-image where the direction is free, 0 to 1."""
     unconditional_ratio: float = 0.1
     """Share of text-to-image documents whose caption is replaced by <unconditional>, 0 to 1."""
     mask_instructions: bool = True
     """No loss on prompts and captions that are given; false: all but the first token of a document is a target."""
+    row_separator: int = 0
+    """Codes of an image after which <|vision_pad|> is inserted, each time; 0: none."""
     templates: str = "default"
     """Prompts around pairs: default, a TOML file, or none for the caption alone."""
     window_tokens: int = 268435456
-    """Tokens that mixture and packing plan at a time; small runs set less."""
+    """Tokens that mixture and packing plan at a time, at most; less where documents are short."""
     seed: int = 1
     """Seed of the order of documents and of every draw at load time."""
     allow_change: bool = False

@@ -41,14 +41,17 @@ class Source:
     """Seeds its order; absent: the last part of the path."""
 
 
-def vision_ids(prefixes: Sequence[str]) -> tuple[int, ...]:
-    """Ids below the codes that belong to vision, as the corpora's tokenizer has them: begin of image, if it has one.
+def vision_ids(prefixes: Sequence[str], *, separators: bool = False) -> tuple[int, ...]:
+    """Ids below the codes that belong to vision, as the corpora's tokenizer has them, if it has them.
+
+    Begin of image, and with ``separators`` what ends the rows of an image.
 
     Raises:
         DataError: a corpus is missing or damaged.
     """
     sidecars = [IndexedCorpus(prefix).sidecar for prefix in prefixes]
-    found = {sidecar["tokenizer"]["special"].get("vision_start") for sidecar in sidecars if sidecar}
+    names = ("vision_start", "vision_pad") if separators else ("vision_start",)
+    found = {sidecar["tokenizer"]["special"].get(name) for sidecar in sidecars if sidecar for name in names}
     return tuple(sorted(number for number in found if number is not None))
 
 
