@@ -77,7 +77,7 @@ IN_FILE = [
     ),
     (
         {"data": {"overlong": "cut"}},
-        "run.toml: 'data.overlong' wants one of 'error', 'drop', found 'cut' (str).",
+        "run.toml: 'data.overlong' wants one of 'error', 'drop', 'split_text', found 'cut' (str).",
     ),
     ({"kernels": {"swiglu": 1}}, "run.toml: 'kernels.swiglu' wants str, found 1 (int)."),
     (
