@@ -1,6 +1,7 @@
 """What every way from text to ids shares."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -71,17 +72,33 @@ class Reference(Encoder, Protocol):
     """The library that a tokenizer file was made for: it defines the ids."""
 
     kind: str
-    sha256: str
-    """Fingerprint of what decides the ids; the same on every machine."""
     size: int
     """One more than the largest id."""
     eos: int | None
     """As the file itself names it, if it does."""
     pad: int | None
 
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of what decides the ids; the same on every machine."""
+        ...
+
     def token_id(self, name: str) -> int | None:
         """Id of the token that is written ``name`` and that no text can yield."""
         ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids below ``size``, tokens that no text can yield as they are written."""
+        ...
+
+
+def spelled(ids: Sequence[int], names: Mapping[int, str], decode: Callable[[list[int]], str]) -> str:
+    """Text of ids: those in ``names`` by their name, each run between them by ``decode``."""
+    parts = []
+    for is_name, group in itertools.groupby(ids, names.__contains__):
+        run = list(group)
+        parts.append("".join(names[number] for number in run) if is_name else decode(run))
+    return "".join(parts)
 
 
 class Unsupported(Exception):

@@ -4,54 +4,88 @@ import hashlib
 import json
 from array import array
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from unimega.data.tokenize.common import Encoded, joined, slices
+from unimega.data.tokenize.common import Encoded, joined, slices, spelled
 from unimega.errors import DataError
 
 _NOT_A_CHARACTER = "\U0010ffff"
 _REPLACEMENT = "\ufffd"
 
 
-class HuggingFace:
-    """A Hugging Face tokenizer. Tokens that are marked special, and those in ``reserved``, are out of reach of text.
+@dataclass(frozen=True)
+class Description:
+    """A `tokenizer.json` as it is used: tokens that are marked special, and reserved ones, are out of reach of text.
 
     The library's own switch (``encode_special_tokens``) does not look for such tokens in text, but three ways remain:
     a token that was added without the mark; a model whose vocabulary holds the token as a word or piece of its own; a
-    merge that builds it. So tokens in ``reserved`` get the mark, and those in the vocabulary another name.
+    merge that builds it. So reserved tokens get the mark, and those in the vocabulary another name.
     """
+
+    raw: bytes
+    plain: dict[str, Any]
+    """The content, with these changes. Large: not to be kept."""
+    names: dict[str, str]
+    """Special and reserved tokens, and the names they have in ``plain``."""
+    is_changed: bool
+
+    @staticmethod
+    def read(path: Path, reserved: Collection[str]) -> "Description":
+        """Read a file.
+
+        Raises:
+            DataError: it is not a `tokenizer.json`.
+        """
+        raw = path.read_bytes()
+        try:
+            content = json.loads(raw)
+            plain, names = _without_specials(content, reserved)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise DataError(f"{path}: not a tokenizer ({type(error).__name__} {error}).") from error
+        return Description(raw, plain, names, plain is not content)
+
+
+class HuggingFace:
+    """The library's tokenizer."""
 
     kind = "hf"
     eos: int | None = None
     pad: int | None = None
 
-    def __init__(self, path: Path, reserved: Collection[str]) -> None:
+    def __init__(self, path: Path, described: Description) -> None:
         """Load a `tokenizer.json`.
 
         Raises:
             DataError: it is not one.
         """
+        plain = described.plain
         try:
-            content = json.loads(path.read_bytes())
-            self.plain, self._names = _without_specials(content, reserved)
-            if self.plain is content:
-                self._tokenizer = Tokenizer.from_file(str(path))
-            else:
-                self._tokenizer = Tokenizer.from_str(json.dumps(self.plain, ensure_ascii=False))
-            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            raw = json.dumps(plain, ensure_ascii=False).encode() if described.is_changed else described.raw
+            self._tokenizer = Tokenizer.from_buffer(raw)
         except Exception as error:  # tokenizers raises bare Exception
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            raise DataError(f"{path}: not a tokenizer ({said}).") from error
+            raise DataError(f"{path}: not a tokenizer ({str(error).splitlines()[0]}).") from error
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._guarded = self.plain is not content and self.plain["model"]["type"] != "BPE"
+        self._names, self._raw = described.names, described.raw
+        self._guarded = described.is_changed and plain["model"]["type"] != "BPE"
         """Whether a text could spell the new name of a token: BPE reaches no token that no merge builds."""
-        self.sha256 = _fingerprint(content)
-        self.size = 1 + max(vocabulary.values(), default=-1)
+        vocabulary = plain["model"]["vocab"]
+        numbers = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
+        added = [self._tokenizer.token_to_id(token["content"]) for token in plain.get("added_tokens") or ()]
+        self.size = 1 + max((*numbers, *added), default=-1)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the canonical JSON without padding and truncation, which do not change ids."""
+        content = {key: value for key, value in json.loads(self._raw).items() if key not in ("padding", "truncation")}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
     def token_id(self, name: str) -> int | None:
         """Id of a special or reserved token."""
@@ -67,17 +101,15 @@ class HuggingFace:
             parts += self.encode_words(part)
         return joined(parts)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special and reserved tokens as they are written."""
+        names = {number: name for name in self._names if (number := self.token_id(name)) is not None}
+        return spelled(ids, names, lambda run: str(self._tokenizer.decode(run, skip_special_tokens=False)))
+
     def encode_words(self, texts: Sequence[str]) -> list[bytes]:
         """The bytes of the int32 ids of each text, in one call of the library."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [array("i", item.ids).tobytes() for item in encoded]
-
-
-def _fingerprint(content: dict[str, Any]) -> str:
-    """Of the canonical JSON without padding and truncation, which do not change ids."""
-    content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _without_specials(content: dict[str, Any], reserved: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:

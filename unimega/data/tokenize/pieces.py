@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from unimega.data.tokenize.common import Encoded, joined, slices
+from unimega.data.tokenize.common import Encoded, joined, slices, spelled
 from unimega.errors import DataError, optional
 
 _MARKER = re.compile(r"<\|.+\|>")
@@ -64,6 +64,11 @@ class SentencePiece:
             encoded = self._processor.encode(list(part), out_type=int, num_threads=1)
             parts += [array("i", ids).tobytes() for ids in encoded]
         return joined(parts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control pieces as they are written."""
+        names = {number: name for name, number in self._control.items()}
+        return spelled(ids, names, lambda run: str(self._processor.decode(run)))
 
 
 def _or_none(number: int) -> int | None:

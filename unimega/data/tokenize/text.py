@@ -1,5 +1,6 @@
 """The tokenizer of a corpus or run: a reference, and perhaps a faster way to its ids that is checked against it."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from unimega.data.format import Ids
 from unimega.data.tokenize import common
 from unimega.data.tokenize.common import Encoded, Encoder, Reference, SpecialIds, Unsupported, locate
 from unimega.data.tokenize.giga import Gigatoken
-from unimega.data.tokenize.hf import HuggingFace
+from unimega.data.tokenize.hf import Description, HuggingFace
 from unimega.data.tokenize.pieces import SentencePiece
 from unimega.data.tokenize.words import WordTable
 from unimega.errors import ConfigError, DataError, UnimegaError
@@ -22,7 +23,7 @@ from unimega.errors import ConfigError, DataError, UnimegaError
 Backend = Literal["auto", "gigatoken", "word-cache", "reference"]
 """How text becomes ids. All give those of `reference`; `auto` takes the first of the others that can run."""
 
-_FAST: dict[str, Callable[[HuggingFace], Encoder]] = {"gigatoken": Gigatoken, "word-cache": WordTable}
+_FAST: dict[str, Callable[[HuggingFace, Description], Encoder]] = {"gigatoken": Gigatoken, "word-cache": WordTable}
 _CHECK_FIRST, _CHECK_EVERY = 64, 2000
 _CHECK_LONGEST = 1 << 16
 """Characters of a text that is still worth the reference's time."""
@@ -65,9 +66,8 @@ class TextTokenizer:
         pad = (*_names(config, "pad_token"), *common.PAD)
         markers = (common.VISION_START, common.VISION_END, common.VISION_PAD, common.UNCONDITIONAL)
         reserved = frozenset((*eos, *pad, *markers))
-        self._reference: Reference = (
-            SentencePiece(file, reserved) if file.suffix == ".model" else HuggingFace(file, reserved)
-        )
+        described = None if file.suffix == ".model" else Description.read(file, reserved)
+        self._reference: Reference = HuggingFace(file, described) if described else SentencePiece(file, reserved)
         self.size = self._reference.size
         """One more than the largest id."""
         self.special = self._special(eos, pad)
@@ -78,7 +78,7 @@ class TextTokenizer:
         self._encoder: Encoder = self._reference
         self._checked = 0
         if backend != "reference":
-            self._choose(backend)
+            self._choose(backend, described)
 
     @property
     def sha256(self) -> str:
@@ -104,6 +104,14 @@ class TextTokenizer:
         ids, lengths = self.encode_batch(texts)
         return np.split(ids, np.cumsum(lengths[:-1])) if len(texts) else []
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, for people to read; an id outside the vocabulary stands as ``<id N?>``."""
+        parts = []
+        for is_known, group in itertools.groupby(ids, range(self.size).__contains__):
+            run = list(group)
+            parts.append(self._reference.decode(run) if is_known else "".join(f"<id {number}?>" for number in run))
+        return "".join(parts)
+
     def padded_size(self) -> int:
         """Rows of the base model's embedding: ``vocab_size`` of a `config.json` beside the tokenizer, else ``size``."""
         rows = self._beside("config.json").get("vocab_size", self.size)
@@ -121,16 +129,16 @@ class TextTokenizer:
             "special": asdict(self.special),
         }
 
-    def _choose(self, backend: Backend) -> None:
+    def _choose(self, backend: Backend, described: Description | None) -> None:
         """Take the named way, or the first that can run; the reference where none can."""
         logger = log.get(__name__)
         for name, build in _FAST.items():
             if backend not in ("auto", name):
                 continue
             try:
-                if not isinstance(self._reference, HuggingFace):
+                if described is None or not isinstance(self._reference, HuggingFace):
                     raise Unsupported("it is a sentencepiece model")
-                encoder = build(self._reference)
+                encoder = build(self._reference, described)
                 _probe(encoder, self._reference)
             except (Unsupported, UnimegaError) as error:
                 self.reasons += (f"{name}: {error}",)

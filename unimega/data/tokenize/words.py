@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from unimega.data.tokenize.common import Encoded, Unsupported, joined, slices
 from unimega.data.tokenize.forms import GPT2, byte_level
-from unimega.data.tokenize.hf import HuggingFace
+from unimega.data.tokenize.hf import Description, HuggingFace
 
 _MOST_WORDS = 300_000
 """Then the table is emptied: some 60 MB."""
@@ -65,13 +65,13 @@ class WordTable:
 
     name = "word-cache"
 
-    def __init__(self, reference: HuggingFace) -> None:
+    def __init__(self, reference: HuggingFace, described: Description) -> None:
         """Look at the tokenizer's form.
 
         Raises:
             Unsupported: its words are not known to be independent of each other.
         """
-        form = byte_level(reference.plain)
+        form = byte_level(described.plain)
         if len(form.patterns) != 1 or form.patterns[0] not in _PIECES:
             raise Unsupported(f"its pre-tokenizer splits with {' and '.join(map(repr, form.patterns)) or 'no pattern'}")
         pattern = form.patterns[0]
