@@ -112,7 +112,8 @@ def make(job: Job, tokenizer: TextTokenizer) -> Plan:
         "task_mb": job.task_mb,
         "validate": job.validate,
     }
-    return Plan(job, tuple(files), rules, settings, described, vocabulary)
+    plain = json.loads(json.dumps(settings))  # as a later run reads it back
+    return Plan(job, tuple(files), rules, plain, described, vocabulary)
 
 
 def _image_root(job: Job, source: SourceSpec, file: InputFile) -> str:

@@ -1,0 +1,209 @@
+"""The preprocessing tool as a process: killed, out of disk, out of memory, and with the bytes of an undisturbed run."""
+
+import gzip
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_data_preprocess import make_tokenizer
+
+ROOT = Path(__file__).parents[2]
+TOOL = str(ROOT / "tools" / "preprocess_data.py")
+WORDS = ("a", "red", "bus", "the", "car", "blue", "draw", "caption", "of", "tree")
+ENDINGS = ("bin", "idx", "json", "quarantine.jsonl")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with rows of several kinds, some bad, as plain and compressed files, and the tokenizer."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_tokenizer(folder / "tokenizer")
+    draw = random.Random(7)
+    lines = []
+    for number in range(6000):
+        text = " ".join(draw.choices(WORDS, k=draw.randrange(1, 60)))
+        row = {"text": text}
+        if number % 3 == 1:
+            row = {"caption": text, "codes": draw.choices(range(32), k=4), "data_type": draw.choice(["t2i", None])}
+        elif number % 100 == 0:
+            row = {"text": ""}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "a.jsonl").write_text("".join(lines))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[:4000]).encode(), mtime=0))
+    return folder
+
+
+def start(inputs: Path, output: Path, *arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, TOOL, "--input", "a.jsonl", "b.jsonl.gz", "--output", str(output)]
+    command += [
+        "--tokenizer",
+        "tokenizer",
+        "--codebook",
+        "32",
+        "--task-mb",
+        "0.02",
+        "--backend",
+        "reference",
+        *arguments,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=inputs, env=environment, **pipes, **options)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def files(output: Path) -> dict[str, bytes]:
+    return {ending: Path(f"{output}.{ending}").read_bytes() for ending in ENDINGS}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    code, _, err = finish(start(inputs, output, "--workers", "1"))
+    assert code == 0, err
+    assert names(output.parent) == sorted(f"out.{ending}" for ending in ENDINGS)
+    return files(output)
+
+
+def test_the_number_of_workers_changes_nothing(inputs, undisturbed, tmp_path):
+    code, out, err = finish(start(inputs, tmp_path / "out", "--workers", "3", "--progress-seconds", "0.2"))
+    assert code == 0, err
+    assert files(tmp_path / "out") == undisturbed
+    assert "MB/s" in err and "ETA" in err and "(100 %)" in err, "progress must reach a stderr that is no terminal"
+    assert re.split(" {2,}", out.splitlines()[0]) == [
+        "source",
+        "rows",
+        "documents",
+        "text tokens",
+        "vision tokens",
+        "bad",
+        "MB",
+    ]
+
+
+def kill_and_finish(inputs: Path, folder: Path, *, kills: int, seed: int) -> int:
+    """Kill a run at random times, each time once it has begun to work; the number of kills that met it alive."""
+    draw, met = random.Random(seed), 0
+    for _ in range(kills):
+        process = start(inputs, folder / "out", "--workers", str(draw.choice((1, 2))))
+        before = len(list(folder.glob("out.work/*.part")))
+        target = before + draw.randrange(1, 9)
+        while process.poll() is None and len(list(folder.glob("out.work/*.part"))) < target:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.02)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            met += 1
+        finish(process)
+        if process.returncode == 0:
+            break
+        assert not (folder / "out.idx").exists() and not (folder / "out.bin").exists()
+    return met
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(12, marks=pytest.mark.slow)])
+def test_kills_change_no_byte(inputs, undisturbed, tmp_path, kills):
+    met = kill_and_finish(inputs, tmp_path, kills=kills, seed=kills)
+    assert met >= kills - 2
+    if not (tmp_path / "out.idx").exists():
+        kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.work").glob("*.part")}
+        assert kept
+        code, _, err = finish(start(inputs, tmp_path / "out", "--workers", "2"))
+        assert code == 0 and "MB kept" in err, err
+    assert files(tmp_path / "out") == undisturbed
+    assert names(tmp_path) == sorted(f"out.{ending}" for ending in ENDINGS)
+
+
+def test_finished_parts_are_not_done_again(inputs, undisturbed, tmp_path):
+    kill_and_finish(inputs, tmp_path, kills=1, seed=3)
+    part = sorted((tmp_path / "out.work").glob("00000-*.part"))[0]
+    before = part.stat().st_ino, part.stat().st_mtime_ns
+    process = start(inputs, tmp_path / "out", "--workers", "1")
+    while process.poll() is None and len(list((tmp_path / "out.work").glob("*.part"))) < 25:
+        time.sleep(0.002)
+    process.kill()
+    finish(process)
+    assert (part.stat().st_ino, part.stat().st_mtime_ns) == before
+
+
+def test_a_full_disk_is_one_line(inputs, undisturbed, tmp_path):
+    """Every size at which a file may be refused: within a part, the merged ids, the index."""
+    sizes = [len(undisturbed[ending]) for ending in ("bin", "idx", "json")]
+    for limit in (2000, sizes[0] - 100, sizes[1] - 100):
+        output = tmp_path / str(limit)
+
+        def limited(limit=limit):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        code, _, err = finish(start(inputs, output, "--workers", "2", preexec_fn=limited))
+        line = err.splitlines()[-1]
+        assert code == 2 and line.startswith("unimega: ") and "cannot be written (File too large" in line, err
+        assert not any(Path(f"{output}.{ending}").exists() for ending in ("bin", "idx", "json"))
+        assert not list(tmp_path.rglob("*.tmp"))
+        code, _, err = finish(start(inputs, output, "--workers", "2"))
+        assert code == 0, err
+        assert files(output) == undisturbed
+
+
+def test_workers_do_not_outlive_their_parent(inputs, tmp_path):
+    process = start(inputs, tmp_path / "out", "--workers", "2")
+    while process.poll() is None and not list(tmp_path.glob("out.work/*.part")):
+        time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    finish(process)
+    assert len(children) >= 2
+    deadline = time.monotonic() + 20
+    while any(_runs(child) for child in children):
+        assert time.monotonic() < deadline, "a worker goes on without its parent"
+        time.sleep(0.05)
+
+
+def _runs(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_a_worker_that_dies_is_replaced(inputs, undisturbed, tmp_path):
+    process = start(inputs, tmp_path / "out", "--workers", "2")
+    while process.poll() is None and not list(tmp_path.glob("out.work/*.part")):
+        time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
+            os.kill(int(child), signal.SIGKILL)
+            break
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert files(tmp_path / "out") == undisturbed
+
+
+def test_two_processes_do_not_write_one_corpus(inputs, tmp_path):
+    process = start(inputs, tmp_path / "out", "--workers", "1")
+    while process.poll() is None and not list(tmp_path.glob("out.work/*.part")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)
+    code, _, err = finish(start(inputs, tmp_path / "out", "--workers", "1"))
+    process.kill()
+    finish(process)
+    assert code == 2 and "another process writes this corpus" in err, err
