@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 OTHER_RANKS_WAIT_SECONDS = 10
+INTERRUPTED = 130
 
 
 class UnimegaError(Exception):
@@ -50,7 +51,7 @@ def optional(module: str, *, extra: str) -> ModuleType:
 
 
 def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
-    """Run a command; a user error becomes one line on stderr and exit status 2.
+    """Run a command; a user error becomes one line on stderr and exit status 2, Ctrl-C one line and status 130.
 
     Under torchrun local rank 0 prints it. The others wait: torchrun ends all ranks when the first one exits, and would
     cut off rank 0 before its line. One that is still there afterwards is alone with its error and prints it itself.
@@ -62,3 +63,7 @@ def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
             time.sleep(OTHER_RANKS_WAIT_SECONDS)
         print(f"unimega: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt as interrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"unimega: {str(interrupt) or 'interrupted.'}", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None

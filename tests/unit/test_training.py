@@ -18,6 +18,7 @@ from unimega.training import loop, start
 from unimega.training.flops import step_flops
 from unimega.training.metrics import Metrics, drop_after
 from unimega.training.progress import Clock
+from unimega.training.run import modality_losses
 from unimega.training.schedule import learning_rate
 
 OPTIMIZER = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
@@ -79,7 +80,7 @@ def test_metrics_append_and_hold_no_nan(tmp_path) -> None:
 
 
 def test_a_modality_without_a_loss_is_null() -> None:
-    found = loop.modality_losses(("text", "vision", "audio"), (0.0, 6.0, 0.0), (5, 3, 0), (0.0, 4.0, 1.0))
+    found = modality_losses(("text", "vision", "audio"), (0.0, 6.0, 0.0), (5, 3, 0), (0.0, 4.0, 1.0))
     assert found == {"loss_text": None, "loss_vision": 2.0, "loss_audio": None}
 
 

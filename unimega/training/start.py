@@ -13,6 +13,7 @@ from unimega.config import loader as config_loader
 from unimega.config.schema import RunConfig
 from unimega.data.plan import DataPlan
 from unimega.errors import ConfigError, DataError
+from unimega.parallel.step_folder import steps
 from unimega.training.metrics import FILE
 
 RUN_FILE = "run.json"
@@ -47,7 +48,7 @@ def prepare_folders(config: RunConfig) -> None:
 
 def holds_steps(directory: str) -> bool:
     """Whether there is a checkpoint to go on from, whole or not."""
-    return any(Path(directory).glob("step-[0-9]*[0-9]"))
+    return bool(steps(Path(directory)))
 
 
 def check_before(config: RunConfig) -> None:
