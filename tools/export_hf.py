@@ -7,20 +7,22 @@ CHECKPOINT is a folder of steps (its latest is taken) or one step's folder. A mo
 their own becomes uni_x, which loads with trust_remote_code=True; a dense one becomes a stock Qwen2, Qwen3 or Llama.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from unimega.errors import CheckpointError, run_cli
+from unimega.hf.command import Parser, bar
+from unimega.hf.export_config import FORMATS
+from unimega.hf.target import check_export
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     parser.add_argument("--dtype", help="bf16, fp16 or fp32; absent: as stored")
@@ -32,18 +34,25 @@ def main(argv: Sequence[str]) -> None:
     limit = _bytes(arguments.max_shard_size)
     if arguments.dtype not in (None, "bf16", "fp16", "fp32"):
         raise CheckpointError(f"--dtype={arguments.dtype!r} is unknown. Types: bf16, fp16, fp32.")
+    if arguments.format not in FORMATS:
+        raise CheckpointError(f"--format={arguments.format!r} is unknown. Formats: {', '.join(FORMATS)}.")
+    if not arguments.checkpoint.is_dir():
+        raise CheckpointError(f"{arguments.checkpoint}: not there. Name a folder of steps or one step's folder.")
+    check_export(arguments.out, overwrite=arguments.overwrite)
 
-    from unimega.hf.export import export_checkpoint  # torch and megatron-core, once the arguments are sound
+    from unimega.hf.export import export_checkpoint  # torch, once the arguments are sound
 
-    done = export_checkpoint(
-        arguments.checkpoint,
-        arguments.out,
-        format=arguments.format,
-        dtype=arguments.dtype,
-        max_shard_bytes=limit,
-        tokenizer=arguments.tokenizer,
-        overwrite=arguments.overwrite,
-    )
+    with bar("export") as progress:
+        done = export_checkpoint(
+            arguments.checkpoint,
+            arguments.out,
+            format=arguments.format,
+            dtype=arguments.dtype,
+            max_shard_bytes=limit,
+            tokenizer=arguments.tokenizer,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
     how = "with trust_remote_code=True" if done.needs_code else "as it is"
     tokens = f"tokenizer of {done.tokenizer}" if done.tokenizer else "no tokenizer (--tokenizer FOLDER adds one)"
     print(

@@ -9,7 +9,6 @@ labels[t + 1], -100 is not scored). out.npz: logits fp32 [B, T, rows of the file
 mean over all scored positions; with --gradients the gradient of every parameter under its original name.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import numpy as np
 from unimega.config import loader, strict
 from unimega.config.schema import ParallelConfig
 from unimega.errors import UnimegaError, run_cli
+from unimega.hf.command import Parser
 from unimega.hf.inputs import read_inputs
 
 
@@ -42,9 +42,7 @@ class Sections:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="a folder of steps, or one step's folder")
     parser.add_argument("--inputs", required=True, type=Path, metavar="in.npz")
     parser.add_argument("--output", required=True, type=Path, metavar="out.npz")

@@ -316,7 +316,7 @@ def test_a_stock_model_as_uni_x(export_folder: Path, out: Path, engine_logits: A
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["nowhere"], "nowhere: not there. Name a checkpoint"),
+        (["nowhere"], "nowhere: not there. Name a folder of steps"),
         (["checkpoint", "--dtype", "int8"], "--dtype='int8' is unknown. Types: bf16, fp16, fp32."),
         (["checkpoint", "--max-shard-size", "big"], "--max-shard-size='big' is not a size. Write it as 5GB or 800MB."),
         (["checkpoint", "--format", "qwen2"], "--format='qwen2' cannot hold this model"),

@@ -1,5 +1,6 @@
 """What a stock Qwen folder becomes when it starts a model with images: its ``[model]``, layers and rows. No torch."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from unimega.config.presets import model_spec
 from unimega.config.schema import ModelConfig
 from unimega.config.strict import partial
 from unimega.data.tokenize import TextTokenizer
-from unimega.errors import CheckpointError
+from unimega.errors import CheckpointError, ConfigError
 from unimega.hf.layout import Layout
 from unimega.hf.read import Source, describe
 
@@ -82,8 +83,11 @@ def describe_start(
     vocabulary = _vocabulary(base, keys, known)
     vocabulary["vision_ids"] = _vision_ids(base, keys, known, separator_ids)
     given = {name: value for name, value in keys.items() if value is not None}
-    model = replace(base.model, **partial(ModelConfig, given | vocabulary, where="command line"))
-    model_rules.check(model)
+    try:
+        model = replace(base.model, **partial(ModelConfig, given | vocabulary, where="command line"))
+        model_rules.check(model)
+    except ConfigError as error:
+        raise ConfigError(_as_options(str(error))) from error
     copies_text = model.init_vision == "text"
     model = replace(model, init_vision="random")  # of a run without a checkpoint to start from
     text_rows, old_rows = base.model.vision_offset, base.spec.vocabulary.rows
@@ -96,6 +100,12 @@ def describe_start(
         rows_in_use=min(text_rows, model.vision_offset, known.size if known else text_rows),
         vision_start=known.special.vision_start if known else None,
     )
+
+
+def _as_options(text: str) -> str:
+    """A line about keys of ``[model]`` in the words of the command."""
+    text = re.sub(r"\bmodel\.(\w+)", lambda found: f"--{found[1].replace('_', '-')}", text)
+    return text.replace(": set it in [model].", ".")
 
 
 def find_tokenizer(folder: Path, named: Path | None) -> Path | None:
