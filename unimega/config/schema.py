@@ -96,6 +96,8 @@ class Source:
     """In place of weight, in all sources or in none: its share is so many times its own tokens."""
     direction: Literal["both", "t2i", "i2t"] = "both"
     """What to make of pairs of text and image: both, text to image only, image to text only."""
+    megatron: bool = False
+    """Megatron-LM wrote it: text with mode bytes and without a sidecar. Not needed where it has no mode bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)

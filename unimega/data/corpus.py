@@ -39,6 +39,8 @@ class Source:
     direction: str = "both"
     name: str = ""
     """Seeds its order; absent: the last part of the path."""
+    megatron: bool = False
+    """Megatron-LM wrote it: text with mode bytes and without a sidecar. Not needed where it has no mode bytes."""
 
 
 def vision_ids(prefixes: Sequence[str], *, separators: bool = False) -> tuple[int, ...]:
@@ -49,7 +51,8 @@ def vision_ids(prefixes: Sequence[str], *, separators: bool = False) -> tuple[in
     Raises:
         DataError: a corpus is missing or damaged.
     """
-    sidecars = [IndexedCorpus(prefix).sidecar for prefix in prefixes]
+    corpora = [IndexedCorpus(prefix, megatron=not Path(f"{prefix}.json").exists()) for prefix in prefixes]
+    sidecars = [corpus.sidecar for corpus in corpora]
     names = ("vision_start", "vision_pad") if separators else ("vision_start",)
     found = {sidecar["tokenizer"]["special"].get(name) for sidecar in sidecars if sidecar for name in names}
     return tuple(sorted(number for number in found if number is not None))
@@ -102,7 +105,7 @@ class Corpus:
         self.source = source
         self.name = source.name or Path(source.path).name
         self.key = zlib.crc32(self.name.encode())
-        self.reader = IndexedCorpus(source.path)
+        self.reader = IndexedCorpus(source.path, megatron=source.megatron)
         self.reader.check()
         self.num_documents = self.reader.num_documents
         if self.num_documents == 0:
