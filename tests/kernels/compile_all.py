@@ -45,18 +45,18 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write docs/kernel_resources.md")
     options = parser.parse_args()
     wanted = options.only
-    launches, entries = [], {}
+    launches: list[Launch] = []
+    entries: dict[int, str] = {}
     for info in pkgutil.iter_modules(ours.__path__):
         module = importlib.import_module(f"{ours.__name__}.{info.name}")
         launches += list(getattr(module, "LAUNCHES", ()))
         own = [v for v in vars(module).values() if isinstance(v, JITFunction) and v.__module__ == module.__name__]
         entries |= {id(v.fn): f"{info.name}.{v.fn.__name__}" for v in own if not v.fn.__name__.startswith("_inline")}
     listed = {id(launch.kernel.fn) for launch in launches}
-    table = {
-        launch.name: {str(c): resources(launch, c) for c in launch.capabilities}
-        for launch in launches
-        if wanted in launch.name
-    }
+    table: dict[str, dict[str, dict[str, int]]] = {}
+    for launch in launches:
+        if wanted in launch.name:
+            table.setdefault(launch.name, {}).update({str(c): resources(launch, c) for c in launch.capabilities})
     missing = sorted(name for key, name in entries.items() if key not in listed)
     result = {"triton": triton.__version__, "missing": missing, "table": table}
     print(json.dumps(result))

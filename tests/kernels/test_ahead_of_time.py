@@ -11,7 +11,10 @@ import pytest
 from tests.kernels import compile_all
 from unimega.kernels import availability
 
-pytestmark = pytest.mark.skipif(availability.missing("triton") is not None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(availability.missing("triton") is not None, reason="triton is not installed"),
+    pytest.mark.timeout(600),  # the first test compiles them all, without a cache on a new machine
+]
 
 SHARED = {"80": 166_912, "90": 232_448}
 """Bytes of shared memory that a block may ask for."""

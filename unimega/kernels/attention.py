@@ -192,4 +192,8 @@ def _batches(sizes: np.ndarray) -> tuple[tuple[int, int], ...]:
     return tuple(batches)
 
 
-registry.declare("attention", registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE))
+registry.declare(
+    "attention",
+    registry.triton("attention:attention"),
+    registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
+)

@@ -44,6 +44,15 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Compute capability of a device, e.g. 90; the interpreter takes the tiles of that."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def tile(width: int, elements: int = TILE) -> tuple[int, int]:
     """(rows, columns) of a tile of ``elements``, both powers of two; whole rows of ``width`` where they are short."""
     columns = min(power_of_2(width), elements)
