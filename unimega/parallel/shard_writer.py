@@ -143,6 +143,7 @@ class _Hashed(io.RawIOBase):
 
 
 def _write_and_report(folder: Path, name: str, pieces: list[tuple[WriteItem, torch.Tensor]], report: _Report) -> None:
+    torch.set_num_threads(1)  # the threads that copy large tensors did not come along in the fork
     report.put(_write(folder, name, pieces))
 
 
