@@ -32,8 +32,8 @@ class Gigatoken:
         """
         plain = described.plain
         form = byte_level(plain)
-        merges = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in plain["model"]["merges"]]
-        if len(set(merges)) < len(merges):
+        merges = plain["model"]["merges"]
+        if len({merge if isinstance(merge, str) else tuple(merge) for merge in merges}) < len(merges):
             raise Unsupported("it has a merge twice")
         self._library = optional("gigatoken", extra="fast")
         self._reference = reference
@@ -45,7 +45,7 @@ class Gigatoken:
     def _load(self) -> None:
         try:
             self._fast = self._library.Tokenizer.from_json(self._content).backend
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise Unsupported(f"gigatoken says: {str(error).splitlines()[0]}") from error
         self._base_bytes = psutil.Process().memory_info().rss
 

@@ -77,7 +77,11 @@ class HuggingFace:
         """Whether a text could spell the new name of a token: BPE reaches no token that no merge builds."""
         vocabulary = plain["model"]["vocab"]
         numbers = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
-        added = [self._tokenizer.token_to_id(token["content"]) for token in plain.get("added_tokens") or ()]
+        added = [
+            self._tokenizer.token_to_id(token["content"])
+            for token in plain.get("added_tokens") or ()
+            if described.names.get(token["content"], token["content"]) == token["content"]
+        ]
         self.size = 1 + max((*numbers, *added), default=-1)
 
     @cached_property
@@ -138,17 +142,24 @@ def _without_specials(content: dict[str, Any], reserved: Collection[str]) -> tup
     if model.get("unk_token") in spelled:
         model["unk_token"] = spelled[model["unk_token"]]
     if "merges" in model:
-        model["merges"] = [merge for merge in model["merges"] if _built(merge) not in moved]
+        model["merges"] = [merge for merge in model["merges"] if moved.isdisjoint((*_parts(merge), _built(merge)))]
     tokens = [
         token | {"content": spelled[token["content"]], "special": True} if token["content"] in names else token
         for token in added
     ]
+    # Where the library passes over a special token in text, it passes over an ordinary one inside it, too.
+    tokens += [token | {"special": True} for token in added if token["content"] in moved]
     return content | {"model": model, "added_tokens": tokens}, spelled
 
 
+def _parts(merge: str | Sequence[str]) -> Sequence[str]:
+    """The two tokens of a merge; files of before 2024 write it as one string."""
+    return merge.split(" ", 1) if isinstance(merge, str) else merge
+
+
 def _built(merge: str | Sequence[str]) -> str:
-    """The token that a merge builds; files of before 2024 write a merge as one string."""
-    return merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
+    """The token that a merge builds."""
+    return "".join(_parts(merge))
 
 
 def _is_merged(model: dict[str, Any], name: str) -> bool:

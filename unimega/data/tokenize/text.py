@@ -62,10 +62,9 @@ class TextTokenizer:
         self.path = Path(path)
         self.folder = file.parent
         config = self._beside("tokenizer_config.json")
-        eos = (*_names(config, "eos_token"), *common.EOS)
-        pad = (*_names(config, "pad_token"), *common.PAD)
+        eos, pad = _names(config, "eos_token"), _names(config, "pad_token")
         markers = (common.VISION_START, common.VISION_END, common.VISION_PAD, common.UNCONDITIONAL)
-        reserved = frozenset((*eos, *pad, *markers))
+        reserved = frozenset((*eos, *common.EOS, *pad, *common.PAD, *markers))
         described = None if file.suffix == ".model" else Description.read(file, reserved)
         self._reference: Reference = HuggingFace(file, described) if described else SentencePiece(file, reserved)
         self.size = self._reference.size
@@ -169,15 +168,13 @@ class TextTokenizer:
                 )
 
     def _special(self, eos_names: Sequence[str], pad_names: Sequence[str]) -> SpecialIds:
-        eos = self._first(eos_names)
-        eos = self._reference.eos if eos is None else eos
+        eos = self._first(eos_names, self._reference.eos, common.EOS)
         if eos is None:
             raise DataError(
                 f"{self.path}: no end-of-text token. None of {', '.join(common.EOS)} is in the tokenizer; "
                 "name one as eos_token in tokenizer_config.json."
             )
-        pad = self._first(pad_names)
-        pad = self._reference.pad if pad is None else pad
+        pad = self._first(pad_names, self._reference.pad, common.PAD)
         whole = self._reference.token_id(common.UNCONDITIONAL)
         pieces = self._reference.encode_batch([common.UNCONDITIONAL]).ids.tolist() if whole is None else [whole]
         return SpecialIds(
@@ -189,9 +186,9 @@ class TextTokenizer:
             vision_pad=self._reference.token_id(common.VISION_PAD),
         )
 
-    def _first(self, names: Sequence[str]) -> int | None:
-        """Id of the first of these tokens that exists."""
-        found = map(self._reference.token_id, names)
+    def _first(self, told: Sequence[str], own: int | None, usual: Sequence[str]) -> int | None:
+        """The token that `tokenizer_config.json` tells, else the one that the file itself has, else a usual name."""
+        found = (*map(self._reference.token_id, told), own, *map(self._reference.token_id, usual))
         return next((number for number in found if number is not None), None)
 
     def _beside(self, name: str) -> dict[str, Any]:
