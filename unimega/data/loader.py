@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from unimega.batch import Microbatch
-from unimega.data.collate import Draft, Rank
+from unimega.data.collate import Rank
+from unimega.data.draft import Draft
 from unimega.data.plan import DataPlan
 from unimega.errors import DataError
 

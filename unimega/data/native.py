@@ -3,9 +3,17 @@
 import importlib
 from types import ModuleType
 
-helper: ModuleType | None
+_VERSION = 2
+"""Of the helper's functions; one that an older checkout left behind is not taken."""
+
+
+def _load() -> ModuleType | None:
+    try:
+        module = importlib.import_module("unimega._data_index")
+    except ImportError:
+        return None
+    return module if getattr(module, "version", None) == _VERSION else None
+
+
+helper = _load()
 """The extension module, or None where it is not compiled."""
-try:
-    helper = importlib.import_module("unimega._data_index")
-except ImportError:
-    helper = None

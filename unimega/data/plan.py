@@ -18,8 +18,9 @@ from unimega.batch import Microbatch
 from unimega.config.vocabulary import Vocabulary
 from unimega.data import checks, templates
 from unimega.data.assemble import Assembler
-from unimega.data.collate import Draft, Filling, OutOfPlace, Rank, collate, find_stray
+from unimega.data.collate import Rank, collate
 from unimega.data.corpus import Corpus, Ints, Source, Stored
+from unimega.data.draft import Draft, Filling, OutOfPlace, find_stray
 from unimega.data.mixture import Cursor, Mixture, Window
 from unimega.data.pieces import LITERAL, PAD, Pieces
 from unimega.data.tokenize import TextTokenizer
@@ -189,7 +190,7 @@ class DataPlan:
             DataError: a stored id is not of its modality.
         """
         try:
-            return collate(draft, self._filling, pack_length=self.recipe.pack_length, scale=scale, rank=rank)
+            return collate(draft, self._filling, pack_length=self.recipe.pack_length, scale=scale, rank=rank or Rank())
         except OutOfPlace:
             self._refuse_ids(draft, packs)
 
