@@ -5,9 +5,9 @@ stored. The state of the optimizer is cut over dp in flat ranges of this rank's 
 rectangles (the end of a row, whole rows, the start of a row), so it is described, written and read where it lies.
 Nothing is gathered, and any tp, pp, vpp, layout and dp can read it.
 
-megatron-core's own ``fully_reshardable`` gathers 12 bytes per parameter on every rank, and in 0.16.1 writes shifted
-states if buckets are padded (it cuts buffers at offsets with padding out of a copy without); its ``dp_reshardable``
-fails where a rank's part of a bucket is all padding. Neither is used.
+megatron-core's own ``fully_reshardable`` gathers 12 bytes per parameter on every rank, and in 0.16.1 stores shifted
+states if buckets are padded: it cuts with offsets that count the padding out of a copy without. Its ``dp_reshardable``
+loads under another dp only. Neither is used.
 """
 
 from collections.abc import Iterator, Sequence
