@@ -14,4 +14,4 @@ from unimega import backend  # noqa: E402
 
 backend.use("cpu")  # these tests are about gloo, also where there is a GPU; tests/gpu is about that
 
-import unimega.training.engine  # noqa: E402, F401
+import unimega.training.loop  # noqa: E402, F401
