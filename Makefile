@@ -1,10 +1,12 @@
 # Every target works from a fresh clone, also below a path with a space; the first one that is run makes .venv.
 #   PYTHON=python3.12   another interpreter (3.11 or 3.12)
 #   TORCH_INDEX=URL     another index for torch, e.g. https://download.pytorch.org/whl/cpu
+#   ARGS="--split 3"    what `make demo` hands to examples/digits/demo.py; ARGS=--help tells more
 
 PYTHON ?=
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+ARGS ?=
 
 RUN := .venv/bin/python -m
 STAMP := .venv/.installed
@@ -37,7 +39,7 @@ $(STAMP): pyproject.toml setup.py csrc/data_index.cpp
 	@touch $(STAMP)
 
 demo: setup
-	.venv/bin/python examples/digits/demo.py
+	.venv/bin/python examples/digits/demo.py $(ARGS)
 
 # Two processes, a file to each at a time: worlds and checkpoints that a file's tests share are made once.
 test: setup

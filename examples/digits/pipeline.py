@@ -14,9 +14,10 @@ import report
 import sample
 import torch
 from corpus import CAPTIONS, CODES, ROOT, Numbers
+from processes import Family, end_recorded, recorded
 from sample import CAPTION_TOKENS, Sampler
 from stages import Stages, Started, bar, read_json, redraw, write_json
-from training import Run, check, end_recorded, train
+from training import Run, check, train
 
 from unimega.errors import UnimegaError
 
@@ -37,7 +38,7 @@ class Demo:
     def all(self) -> dict[str, Any]:
         """Every stage; returns the report's figures."""
         torch.set_num_threads(1)  # sums in one order: the same weights give the same drawings
-        end_recorded(self.folder / "stages" / "processes.json")
+        end_recorded(recorded(self.folder))
         check(self.run)
         stages, split = self.stages, {"split": self.split}
         own = [HERE / "corpus.py", HERE / "sample.py"]
@@ -159,6 +160,7 @@ def export(checkpoint: Path, target: Path, *, tick: corpus.Tick) -> None:
     shutil.rmtree(target, ignore_errors=True)
     command = [sys.executable, str(EXPORT), str(checkpoint), str(target)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    family = Family(process, target.parent)
     try:
         while True:
             tick()
@@ -168,7 +170,7 @@ def export(checkpoint: Path, target: Path, *, tick: corpus.Tick) -> None:
             except subprocess.TimeoutExpired:
                 continue
     finally:
-        process.kill()
+        family.stop()
     if process.returncode:
         raise UnimegaError(f"the export ended with status {process.returncode}: {told.strip() or 'it said nothing.'}")
 

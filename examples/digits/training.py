@@ -7,15 +7,14 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from corpus import ROOT
 from curve import WINDOW, last_record
-from stages import Started, bar, read_json, tell, write_json
+from processes import Family
+from stages import Started, bar, tell
 
 from unimega.config.loader import load_run
 from unimega.errors import UnimegaError
@@ -108,13 +107,14 @@ def train(run: Run, started: Started) -> list[Path]:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
-        family = Family(run.output, process)
+        family = Family(process, run.output)
         try:
             _watch(run, family, started)
         except BaseException:
+            tell("train    stopping: the ranks save a last checkpoint")
             family.stop(GRACE_SECONDS)
             raise
-        family.stop(0)
+        family.stop()
     if process.returncode:
         why = reason(log.read_text(errors="replace")[start:])
         raise UnimegaError(
@@ -122,55 +122,6 @@ def train(run: Run, started: Started) -> list[Path]:
             "The same command goes on from the last checkpoint."
         )
     return [run.metrics, *sorted(path for path in run.checkpoints.rglob("*") if path.is_file())]
-
-
-class Family:
-    """torchrun and its ranks, by number and birth time, in a file: a killed demo's can be found by the next one."""
-
-    def __init__(self, output: Path, process: "subprocess.Popen[bytes]") -> None:
-        self.process, self.path = process, output / "stages" / "processes.json"
-        self.members: dict[int, float] = {}
-        self.update()
-
-    def update(self) -> None:
-        """Look for ranks that have come since."""
-        known = len(self.members)
-        with suppress(psutil.Error):
-            parent = psutil.Process(self.process.pid)
-            for member in (parent, *parent.children(recursive=True)):
-                with suppress(psutil.Error):
-                    self.members.setdefault(member.pid, member.create_time())
-        if len(self.members) > known:
-            write_json(self.path, {str(pid): born for pid, born in self.members.items()})
-
-    def stop(self, grace: float) -> None:
-        """End all: torchrun passes SIGTERM on and the ranks save; what is left after ``grace`` seconds is killed."""
-        self.update()
-        try:
-            if self.process.poll() is None:
-                self.process.terminate()
-                tell("train    stopping: the ranks save a last checkpoint")
-                self.process.wait(grace)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:  # also on a second Ctrl-C
-            end_recorded(self.path)
-            self.process.wait()
-
-
-def end_recorded(path: Path) -> None:
-    """Kill the processes of a recorded family that still run, and forget it: they would write beside the new ones."""
-    found = []
-    for pid, born in (read_json(path) or {}).items():
-        with suppress(psutil.Error):
-            process = psutil.Process(int(pid))
-            if process.create_time() == born:  # else the number is someone else's by now
-                found += [process, *process.children(recursive=True)]
-    for process in found:
-        with suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(found, timeout=10)
-    path.unlink(missing_ok=True)
 
 
 def reason(log: str) -> str:
@@ -213,5 +164,6 @@ def projection(total: float, left: float) -> str:
     end = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
     line = f"train    about {total:.0f} s in all, ends at {end}"
     if total > SLOW_SECONDS:
-        line += " (slow machine: `--training.steps 1000` takes two thirds and costs 1 to 4 points of accuracy)"
+        line += ". That is slow: training.steps=1000 takes two thirds of it and costs 1 to 4 points of accuracy"
+        line += ' (make demo ARGS="--training.steps 1000")'
     return line

@@ -14,7 +14,7 @@ import pytest
 from tests.examples import DIGITS, example
 from unimega.errors import ConfigError, UnimegaError
 
-stages, training, demo = example("stages"), example("training"), example("demo")
+stages, training, demo, processes = (example(name) for name in ("stages", "training", "demo", "processes"))
 
 
 class Work:
@@ -140,7 +140,7 @@ def test_ranks_of_a_killed_demo_are_ended_and_nobody_else(tmp_path):
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         rank = psutil.Process(int(process.stdout.readline()))
-        family = training.Family(tmp_path, process)
+        family = processes.Family(process, tmp_path)
         family.update()
         members = json.loads(family.path.read_text())
         assert members.keys() == {str(process.pid), str(rank.pid)}
@@ -149,7 +149,7 @@ def test_ranks_of_a_killed_demo_are_ended_and_nobody_else(tmp_path):
         os.kill(process.pid, signal.SIGKILL)  # torchrun is gone, its rank is still there
         process.wait()
         assert rank.is_running()
-        training.end_recorded(family.path)
+        processes.end_recorded(family.path)
         assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
         assert bystander.poll() is None
         assert not family.path.exists()
@@ -168,7 +168,7 @@ def test_ctrl_c_lets_ranks_save(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"
     start = time.monotonic()
-    training.Family(tmp_path, process).stop(30)
+    processes.Family(process, tmp_path).stop(30)
     assert (tmp_path / "saved").exists()
     assert time.monotonic() - start < 20
 
