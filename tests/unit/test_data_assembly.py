@@ -234,6 +234,85 @@ def test_prompts_come_from_a_file(tmp_path):
         assert seen == {tuple(draw_it), tuple(paint), "i2t"}
 
 
+def test_turns_are_separated_and_mute_images_are_asked_about(tmp_path):
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "own.toml").write_text('turn = ["\\n", "\\n\\n"]\ndescribe = [" what", " tell"]\n')
+    tokenizer = TextTokenizer(folder)
+    turns = [ids.tolist() for ids in tokenizer.encode(["\n", "\n\n"])]
+    asked = [ids.tolist() for ids in tokenizer.encode([" what", " tell"])]
+    special = tokenizer.special
+    vocabulary = Vocabulary(
+        names=("text", "vision"),
+        starts=(0, tokenizer.size),
+        codes=(tokenizer.size, CODEBOOK),
+        rows=tokenizer.size + CODEBOOK,
+        ids=((), (special.vision_start,)),
+    )
+    image = (layout.mode(layout.VISION, context=True), IMAGE)
+    picture = [special.vision_start, *(tokenizer.size + code for code in IMAGE), special.vision_end]
+    chat = [
+        (layout.MODE_QUESTION, [20]),
+        (layout.MODE_ANSWER, [21]),
+        (layout.MODE_QUESTION, [22]),
+        (layout.MODE_ANSWER, [23]),
+    ]
+    mute = [image, (layout.MODE_QUESTION, []), (layout.MODE_ANSWER, [24, 25])]
+    silent = [(layout.MODE_QUESTION, []), (layout.MODE_ANSWER, [26])]
+    plan = plan_of(
+        tmp_path,
+        [chat, mute, silent] * 30,
+        vocabulary=vocabulary,
+        changes={"tokenizer": tokenizer.describe(beside=tmp_path / "a")},
+        templates=str(tmp_path / "own.toml"),
+    )
+    packs = [document for number in range(plan.num_packs) for document in shown(plan.pack(number))]
+    eos = special.eos
+    chats = [([20, *a, 21, eos, *b, 22, *c, 23, eos], [21, eos, 23, eos]) for a in turns for b in turns for c in turns]
+    mutes = [([*picture, *question, *turn, 24, 25, eos], [24, 25, eos]) for question in asked for turn in turns]
+    alone = [([*turn, 26, eos], [26, eos]) for turn in turns]
+    assert all(document in [*chats, *mutes, *alone] for document in packs) and len(packs) == 90
+    found = [sum(document in packs for document in kind) for kind in (chats, mutes, alone)]
+    assert found[0] >= 6 and found[1:] == [4, 2], "what is drawn varies"
+
+
+def test_an_image_that_is_an_answer_ends_in_eos(tmp_path):
+    document = [(layout.MODE_QUESTION, [8]), (layout.mode(layout.VISION, layout.ANSWER), IMAGE)]
+    ids, targets = only(plan_of(tmp_path, [document]))
+    assert ids == [8, BOI, *CODES, EOI, EOS] and targets == ids[1:]
+    ids, targets = only(plan_of(tmp_path, [[*document, (layout.MODE_QUESTION, [9]), (layout.MODE_ANSWER, [10])]]))
+    assert ids == [8, BOI, *CODES, EOI, EOS, 9, 10, EOS] and targets == [BOI, *CODES, EOI, EOS, 10, EOS]
+
+
+def test_draws_follow_seed_epoch_and_document_alone(tmp_path):
+    """One corpus, another neighbour, another place in the run: the same document in the same epoch is the same."""
+    prefix = write(tmp_path / "a", random_documents(60, 1, kinds="p"))
+    other = write(tmp_path / "b", random_documents(60, 2))
+    recipe = Recipe(pack_length=96, templates="none", window_tokens=1 << 12)
+    found = []
+    for sources in ([prefix], [other, prefix]):
+        plan = DataPlan([Source(path=path) for path in sources], VOCABULARY, recipe)
+        seen = {}
+        for number in range(150):
+            window = plan.window_of(number)
+            at = number - window.first_pack
+            items = range(*window.starts[at : at + 2])
+            for item, document in zip(items, shown(plan.pack(number)), strict=True):
+                if plan.corpora[window.corpus[item]].name == "a":
+                    seen[int(window.epoch[item]), int(window.document[item])] = document
+        found.append(seen)
+    both = found[0].keys() & found[1].keys()
+    assert len(both) > 150 and all(found[0][key] == found[1][key] for key in both)
+    starts = {
+        document: {ids[0] == BOI for (_, d), (ids, _) in found[0].items() if d == document} for document in range(60)
+    }
+    assert sum(len(kinds) == 2 for kinds in starts.values()) > 30, "another epoch draws again"
+
+
+def test_row_separators_need_their_id(tmp_path):
+    with pytest.raises(ConfigError, match=r"data.row_separator=4 needs <\|vision_pad\|>, and the tokenizer has none"):
+        plan_of(tmp_path, [pair([8], IMAGE)], row_separator=4)
+
+
 @pytest.mark.parametrize("name", ["default", "chinese"])
 def test_our_prompts_load(tmp_path, name):
     loaded = templates.load(name, TextTokenizer(make_tokenizer(tmp_path)))

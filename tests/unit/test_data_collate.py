@@ -1,15 +1,17 @@
 """Micro-batches out of pieces: equal to what ``make_microbatch`` makes of the same tokens."""
 
-from dataclasses import fields, is_dataclass
+import re
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.data_corpora import BOI, VOCABULARY, pair, random_documents, write
+from tests.unit.data_corpora import BOI, EOI, EOS, PAD, TEXT, VOCABULARY, facts, pair, random_documents, write
 from unimega.batch import make_microbatch
 from unimega.data import format as layout
+from unimega.data import native, rows
 from unimega.data.collate import Rank
 from unimega.data.corpus import Source
 from unimega.data.loader import Loader, Place, step_batch
@@ -20,19 +22,37 @@ SCALE = np.asarray([2.0, 0.5], dtype=np.float32)
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Corpora of all kinds of documents, one without a sidecar in unsigned 16-bit integers."""
     folder = tmp_path_factory.mktemp("corpora")
     answers = [
         [(layout.mode(layout.VISION, context=True), [1, 2]), (layout.MODE_QUESTION, [8]), (layout.MODE_ANSWER, [9] * n)]
         for n in range(1, 30)
     ]
-    paths = [
-        write(folder / "mixed", random_documents(150, 1)),
-        write(folder / "answers", answers),
-        write(folder / "long", [[(layout.MODE_TEXT, [8] * 95)], [(layout.MODE_TEXT, [9] * 80)]]),
-    ]
-    values = {"pack_length": LENGTH, "templates": "none", "window_tokens": 1 << 13}
-    return DataPlan([Source(path=path) for path in paths], VOCABULARY, Recipe(**values))
+    write(folder / "mixed", random_documents(150, 1))
+    write(folder / "answers", answers)
+    write(folder / "long", [[(layout.MODE_TEXT, [8] * 95)], [(layout.MODE_TEXT, [9] * 80)]])
+    texts = [[8 + n % 9] * n for n in range(1, 40)]
+    lengths = np.asarray([len(text) for text in texts], dtype=np.int32)
+    index = bytearray(b"".join(layout.index_parts(lengths, np.arange(40), np.zeros(39, dtype=np.int8))[:-1]))
+    pointers = slice(34 + 4 * 39, 34 + 12 * 39)
+    index[17], index[pointers] = 8, (np.frombuffer(bytes(index[pointers]), "<i8") // 2).tobytes()
+    (folder / "plain.idx").write_bytes(index)
+    (folder / "plain.bin").write_bytes(np.concatenate(texts).astype("<u2").tobytes())
+    return folder
+
+
+NAMES = ("mixed", "answers", "long", "plain")
+
+
+def plan_of(folder, names=NAMES, **changes):
+    values = {"pack_length": LENGTH, "templates": "none", "window_tokens": 1 << 13} | changes
+    return DataPlan([Source(path=str(folder / name)) for name in names], VOCABULARY, Recipe(**values))
+
+
+@pytest.fixture(scope="module")
+def plan(folder):
+    return plan_of(folder)
 
 
 def assert_equal(one, other, name="batch"):
@@ -78,6 +98,51 @@ def said_directly(plan, packs, rank):
 def test_collating_pieces_is_making_a_microbatch(plan, packs, cross, tp_rank, sequence_parallel):
     rank = Rank(tp_rank=tp_rank, tp=2, sequence_parallel=sequence_parallel, cross_document=cross)
     assert_equal(plan.collate(plan.draft(packs), packs, scale=SCALE, rank=rank), said_directly(plan, packs, rank))
+
+
+@pytest.fixture(scope="module")
+def with_separators(folder):
+    """<|vision_pad|> is the id 2 of the small vocabulary, and vision; images have 2, 9 and 16 codes."""
+    vocabulary = replace(VOCABULARY, ids=((), (PAD, BOI)))
+    special = facts()["tokenizer"]["special"] | {"pad": EOS, "vision_pad": PAD}
+    tokenizer = facts()["tokenizer"] | {"special": special}
+    path = write(folder / "rows", random_documents(80, 2, kinds="pi"), tokenizer=tokenizer)
+    return {
+        n: DataPlan(
+            [Source(path=path)],
+            vocabulary,
+            Recipe(pack_length=40, templates="none", row_separator=n, window_tokens=1 << 12, overlong="split_text"),
+        )
+        for n in (1, 3, 4, 16, 17)
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(packs=st.lists(st.integers(0, 100), min_size=1, max_size=4), cross=st.booleans(), data=st.data())
+def test_the_helper_fills_rows_as_its_twin_does(plan, with_separators, packs, cross, data):
+    if native.helper is None:
+        pytest.skip("unimega._data_index is not compiled: it needs a C++ compiler, then `make setup`")
+    some = data.draw(st.sampled_from([plan, *with_separators.values()]))
+    scale = np.asarray(data.draw(st.sampled_from([(2.0, 0.5), (0.0, 1.0), (0.0, 0.0)])), dtype=np.float32)
+    options = {"pack_length": some.recipe.pack_length, "scale": scale, "cross_document": cross}
+    draft = some.draft(packs)
+    assert_equal(rows.rows(draft, some.filling, **options), rows.rows_python(draft, some.filling, **options))
+
+
+def test_separators_end_the_rows_of_an_image(with_separators):
+    seen = 0
+    for n, plan in with_separators.items():
+        for number in range(30):
+            pack = plan.pack(number)
+            assert (pack.modality[pack.tokens == PAD] == 1).all()
+            text = " ".join(map(str, pack.tokens.tolist()))
+            for image in re.findall(rf"\b{BOI} ([\d ]*?) {EOI}\b", text):
+                ids = [int(one) for one in image.split()]
+                codes = [one for one in ids if one >= TEXT]
+                assert len(ids) == len(codes) + len(codes) // n
+                assert [place for place, one in enumerate(ids) if one == PAD] == list(range(n, len(ids), n + 1))
+                seen += PAD in ids
+    assert seen > 50
 
 
 def test_full_packs_and_pads_between_documents_occur(plan):

@@ -1,6 +1,7 @@
 """The order of a run: shares, epochs, independence of ranks, evaluation, prefetching."""
 
 import collections
+import json
 import time
 
 import numpy as np
@@ -125,6 +126,41 @@ def test_far_packs_need_two_windows_in_memory(corpora):
     assert plan.pack(0).mask.any() and len(plan._windows) <= 2
 
 
+def test_a_plan_begins_at_any_window(corpora, plan):
+    """From a few integers: what comes is what would have come, and what was is still there."""
+    far = plan.window_of(0).next_pack * 5 // 2
+    state = json.loads(json.dumps(plan.state(far)))
+    later = DataPlan(sources_of(corpora, **MIX), VOCABULARY, recipe())
+    later.start_at(state)
+    assert later.hash(far) == plan.hash(far) and len(later._first_packs) == 2
+    assert all(equal(later.pack(n), plan.pack(n)) for n in (far, far + 400))
+    assert equal(later.pack(3), plan.pack(3)) and equal(later.pack(far + 1), plan.pack(far + 1))
+    with pytest.raises(DataError, match=r"of the corpora text, pairs, mixed, the run's are text\."):
+        DataPlan(sources_of(corpora, text=1), VOCABULARY, recipe()).start_at(state)
+
+
+def test_epochs_instead_of_weights(corpora):
+    sources = [Source(path=corpora[name], epochs=epochs) for name, epochs in (("text", 1.0), ("pairs", 3.0))]
+    plan = DataPlan(sources, VOCABULARY, recipe())
+    packs = plan.packs_of_epochs()
+    assert f"all epochs take {packs} packs" in plan.describe()
+    read = collections.Counter(document for number in range(packs) for document in plan.documents(number))
+    assert {name for name, _ in read} == {"text", "pairs"}
+    text = [read["text", document] for document in range(300)]
+    pairs = [read["pairs", document] for document in range(200)]
+    # how full packs are is taken from the first window; windows of 8,192 tokens differ by some per cent
+    assert np.mean(text) == pytest.approx(1, abs=0.05) and np.mean(pairs) == pytest.approx(3, abs=0.15)
+    assert max(text) <= 2 and min(pairs) >= 2
+    assert DataPlan(sources_of(corpora, text=1), VOCABULARY, recipe()).packs_of_epochs() is None
+
+
+def test_epochs_of_a_large_corpus_are_estimated_from_its_first_documents(corpora, monkeypatch):
+    exact = DataPlan([Source(path=corpora["text"], epochs=1.0)], VOCABULARY, recipe()).mixture.epoch_tokens
+    monkeypatch.setattr("unimega.data.mixture._SAMPLED_DOCUMENTS", 150)
+    about = DataPlan([Source(path=corpora["text"], epochs=1.0)], VOCABULARY, recipe()).mixture.epoch_tokens
+    assert exact != about and about[0] == pytest.approx(exact[0], rel=0.1)
+
+
 @pytest.mark.parametrize("dp", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_ranks_and_microbatches_only_share_the_packs_out(plan, dp, micro):
@@ -199,6 +235,97 @@ def test_over_long_documents(tmp_path):
     giant = write(tmp_path / "giant", documents[1:2])
     with pytest.raises(DataError, match=r"giant: every document is longer than data.pack_length=96"):
         DataPlan([Source(path=giant)], VOCABULARY, recipe(overlong="drop"))
+
+
+def spans(plan):
+    """(document, begin, tokens) of all items of an evaluation."""
+    window = plan.window_of(0)
+    return sorted(zip(window.document.tolist(), window.begin.tolist(), window.length.tolist(), strict=True))
+
+
+def test_texts_are_split_and_images_are_not(tmp_path):
+    image = (layout.MODE_IMAGE, [1] * 30)
+    documents = [
+        [(layout.MODE_TEXT, [FIRST_WORD + n % 9 for n in range(200)])],
+        [(layout.MODE_TEXT, [8] * 80), image, (layout.MODE_TEXT, [9] * 60)],
+        [image, image, image, image],
+        pair([8] * 120, [2] * 20),
+        [(layout.MODE_TEXT, [8] * 30)],
+    ]
+    prefix = write(tmp_path / "a", documents)
+    plan = DataPlan(
+        [Source(path=prefix, direction="t2i")],
+        VOCABULARY,
+        recipe(overlong="split_text", unconditional_ratio=0.0),
+        evaluation=True,
+    )
+    found = spans(plan)
+    assert found[:3] == [(0, 0, 96), (0, 96, 96), (0, 192, 9)]
+    assert found[3:5] == [(1, 0, 80), (1, 80, 93)], "the image that would be cut starts the next part"
+    assert found[5:7] == [(2, 0, 96), (2, 96, 33)], "a cut between two images"
+    assert found[7:9] == [(3, 0, 96), (3, 96, 47)] and found[9] == (4, 0, 31)
+    (cursor,) = plan.window_of(0).after
+    assert cursor.splits == 5 and cursor.dropped == 0 and "5 cuts in documents longer than a pack" in plan.describe()
+    seen = {}
+    for number in range(plan.num_packs):
+        pack = plan.pack(number)
+        window = plan.window_of(0)
+        items = range(*window.starts[number : number + 2])
+        for place, item in enumerate(items, start=1):
+            rows = np.flatnonzero(pack.document == place)
+            assert not pack.mask[rows[-1]]
+            seen[int(window.document[item]), int(window.begin[item])] = pack.tokens[rows].tolist()
+    whole = seen[0, 0] + seen[0, 96] + seen[0, 192]
+    assert whole == [FIRST_WORD + n % 9 for n in range(200)] + [EOS]
+    assert seen[3, 0] == [8] * 96 and seen[3, 96] == [8] * 24 + [3] + [24] * 20 + [4, EOS]
+    total = sum(np.bincount(pack.modality[pack.mask], minlength=2) for pack in map(plan.pack, range(plan.num_packs)))
+    assert np.array_equal(total, plan.targets(0, global_batch_packs=plan.num_packs))
+    too_long = write(tmp_path / "image", [pair([8], [0] * 95)])
+    with pytest.raises(DataError, match=r"image of 97 tokens, data.pack_length is 96"):
+        DataPlan([Source(path=too_long)], VOCABULARY, recipe(overlong="split_text"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    length=st.integers(20, 60),
+    policy=st.sampled_from(["drop", "split_text"]),
+    masked=st.booleans(),
+)
+def test_tokens_in_are_tokens_placed_and_tokens_dropped(tmp_path_factory, seed, length, policy, masked):
+    """And every token of every document lies in exactly one pack, no image in two."""
+    long = [part for document in random_documents(4, seed + 1, kinds="ti") for part in document]
+    documents = [*random_documents(25, seed), long]
+    prefix = write(tmp_path_factory.mktemp("a") / "a", documents)
+    make = {"vocabulary": VOCABULARY, "evaluation": True}
+    whole = DataPlan([Source(path=prefix)], recipe=recipe(pack_length=400, mask_instructions=masked), **make)
+    plan = DataPlan(
+        [Source(path=prefix)], recipe=recipe(pack_length=length, overlong=policy, mask_instructions=masked), **make
+    )
+    (cursor,), (everything,) = plan.window_of(0).after, whole.window_of(0).after
+    assert cursor.tokens + cursor.dropped == everything.tokens and cursor.documents == everything.documents == 26
+
+    def laid_out(plan):
+        parts = {}
+        for number in range(plan.num_packs):
+            pack, window = plan.pack(number), plan.window_of(0)
+            for place, item in enumerate(range(*window.starts[number : number + 2]), start=1):
+                rows = pack.document == place
+                assert rows.sum() == window.length[item]
+                ids = pack.tokens[rows].tolist()
+                assert ids.count(3) == ids.count(4), "an image was cut"
+                parts[int(window.document[item]), int(window.begin[item])] = ids
+        joined = collections.defaultdict(list)
+        for (document, _), ids in sorted(parts.items()):
+            joined[document] += ids
+        return joined
+
+    full, got = laid_out(whole), laid_out(plan)
+    assert full.keys() == set(range(26))
+    kept = {d: ids for d, ids in full.items() if policy == "split_text" or len(ids) <= length}
+    assert got == kept
+    total = sum(np.bincount(pack.modality[pack.mask], minlength=2) for pack in map(plan.pack, range(plan.num_packs)))
+    assert np.array_equal(total, plan.targets(0, global_batch_packs=plan.num_packs))
 
 
 def test_corpora_that_do_not_go_together(tmp_path, corpora):

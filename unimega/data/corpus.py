@@ -164,9 +164,15 @@ class Corpus:
         """Ask the operating system for runs of elements; short ones are not worth a call and come with their page."""
         if not hasattr(os, "posix_fadvise"):
             return
+        if not len(address):
+            return
         size = self.reader.dtype.itemsize
-        long = length * size >= _ADVISED_BYTES
-        for start, count in zip((address[long] * size).tolist(), (length[long] * size).tolist(), strict=True):
+        borders = np.flatnonzero(address[1:] != address[:-1] + length[:-1]) + 1  # a document is mostly one run
+        first = np.concatenate(([0], borders))
+        starts = address[first] * size
+        bytes_of_run = np.add.reduceat(length, first) * size
+        long = bytes_of_run >= _ADVISED_BYTES
+        for start, count in zip(starts[long].tolist(), bytes_of_run[long].tolist(), strict=True):
             os.posix_fadvise(self._file.fileno(), start, count, os.POSIX_FADV_WILLNEED)
 
     @cached_property

@@ -6,9 +6,9 @@ choose which of them to build. Every rank computes the same plan; there is no ca
 
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -104,7 +104,7 @@ class DataPlan:
             window_tokens=recipe.window_tokens,
             overlong=recipe.overlong,
         )
-        self._filling = Filling(
+        self.filling = Filling(
             elements=[corpus.reader.elements for corpus in self.corpora],
             literals=self.assembler.literals,
             vocabulary=vocabulary,
@@ -113,9 +113,8 @@ class DataPlan:
             separator=self.special.vision_pad or 0,
         )
         self._lock = threading.Lock()
-        self._first_packs, self._first_window = [0], 0
-        self._cursors = [tuple(Cursor() for _ in self.corpora)]
         self._windows: dict[int, Window] = {}
+        self._start(0, 0, [Cursor()] * len(self.corpora))
         if evaluation:
             self._windows[0] = self.mixture.epoch()
         _log.info("%s", self.describe())
@@ -190,7 +189,7 @@ class DataPlan:
             DataError: a stored id is not of its modality.
         """
         try:
-            return collate(draft, self._filling, pack_length=self.recipe.pack_length, scale=scale, rank=rank or Rank())
+            return collate(draft, self.filling, pack_length=self.recipe.pack_length, scale=scale, rank=rank or Rank())
         except OutOfPlace:
             self._refuse_ids(draft, packs)
 
@@ -234,7 +233,7 @@ class DataPlan:
 
     def describe(self) -> str:
         """One line for the log: what the corpora hold, and how full the packs of the first window are."""
-        window = self.window_of(self._first_packs[0])
+        window = self.window_of(0)
         assert window is not None
         weights, total = self.mixture.weights, sum(self.mixture.weights)
         used = int(window.length.sum())
@@ -258,9 +257,34 @@ class DataPlan:
         """About how many packs hold the epochs that the sources ask for; None where they have weights instead."""
         if self.mixture.epoch_tokens is None:
             return None
-        window = self.window_of(self._first_packs[0])
+        window = self.window_of(0)
         assert window is not None
         return -(-sum(self.mixture.weights) * window.num_packs // max(1, int(window.length.sum())))
+
+    def state(self, pack: int) -> dict[str, Any]:
+        """Where the window begins that holds a pack: a few integers, from which ``start_at`` plans it again."""
+        window = self.window_of(pack)
+        assert window is not None
+        with self._lock:
+            cursors = self._cursors[window.number - self._first_window]
+        return {
+            "window": window.number,
+            "first_pack": window.first_pack,
+            "cursors": {corpus.name: asdict(cursor) for corpus, cursor in zip(self.corpora, cursors, strict=True)},
+        }
+
+    def start_at(self, state: Mapping[str, Any]) -> None:
+        """Begin at a window instead of planning all before it; the order is the same, if ``hash`` of a pack is.
+
+        Raises:
+            DataError: the state is of other corpora.
+        """
+        if set(state["cursors"]) != {corpus.name for corpus in self.corpora}:
+            now = ", ".join(corpus.name for corpus in self.corpora)
+            raise DataError(f"the saved order is of the corpora {', '.join(state['cursors'])}, the run's are {now}.")
+        cursors = [Cursor(**state["cursors"][corpus.name]) for corpus in self.corpora]
+        with self._lock:
+            self._start(state["window"], state["first_pack"], cursors)
 
     def window_of(self, pack: int) -> Window | None:
         """The window that holds a pack, planned on demand; None past the end of an evaluation."""
@@ -268,11 +292,18 @@ class DataPlan:
             if self.evaluation:
                 window = self._windows[0]
                 return window if pack < window.next_pack else None
+            if pack < self._first_packs[0]:
+                self._start(0, 0, [Cursor()] * len(self.corpora))
             while True:
                 number = bisect_right(self._first_packs, pack) - 1
                 window = self._plan(self._first_window + number)
                 if pack < window.next_pack:
                     return window
+
+    def _start(self, window: int, first_pack: int, cursors: Sequence[Cursor]) -> None:
+        """Know of no window but this one."""
+        self._windows.clear()
+        self._first_window, self._first_packs, self._cursors = window, [first_pack], [tuple(cursors)]
 
     def _plan(self, number: int) -> Window:
         window = self._windows.get(number)
@@ -316,7 +347,7 @@ class DataPlan:
 
     def _refuse_ids(self, draft: Draft, packs: Sequence[int]) -> NoReturn:
         """An id outside the embedding would read foreign memory on a device: a flipped bit in `.bin` must stop here."""
-        stray = find_stray(draft, self._filling)
+        stray = find_stray(draft, self.filling)
         assert stray is not None
         number = packs[stray.pack]
         name, document = self.documents(number)[stray.document]

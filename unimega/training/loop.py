@@ -100,7 +100,8 @@ def resolved(config: RunConfig) -> RunConfig:
     """The run with what its corpora say of the model: all that is stored is complete."""
     if config.model.vision_ids is not None:
         return config
-    ids = vision_ids([source.path for source in config.data.train]) if config.model.codebook else ()
+    paths = [source.path for source in config.data.train]
+    ids = vision_ids(paths, separators=config.data.row_separator > 0) if config.model.codebook else ()
     return replace(config, model=replace(config.model, vision_ids=ids))
 
 

@@ -144,7 +144,8 @@ class Position:
 
     def state(self, plan: DataPlan) -> dict[str, Any]:
         """For a checkpoint: the position, and what tells whether the order is still the same."""
-        return {"packs": self.packs, "plan": plan.hash(max(0, self.packs - 1)), "corpora": _corpora(plan)}
+        last = max(0, self.packs - 1)
+        return {"packs": self.packs, "plan": plan.hash(last), "order": plan.state(last), "corpora": _corpora(plan)}
 
     @staticmethod
     def restored(state: Mapping[str, Any], plan: DataPlan, *, allow_change: bool) -> "Position":
@@ -153,6 +154,8 @@ class Position:
         Raises:
             DataError: the order is another one now, though no key was changed: a corpus was, or a file of templates.
         """
+        if state["order"]["cursors"].keys() == _corpora(plan).keys():
+            plan.start_at(state["order"])
         if state["plan"] != plan.hash(max(0, state["packs"] - 1)):
             now, before = _corpora(plan), state["corpora"]
             name = next((name for name in now if before.get(name) != now[name]), None)
