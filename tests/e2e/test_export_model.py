@@ -167,6 +167,7 @@ def test_only_ids_that_may_be_drawn(out: Path, modality: str | None) -> None:
         top_k=0,
     )[:, 2:]
     first, end = {None: (0, 160), "text": (0, 96), "vision": (96, 160)}[modality]
+    assert (90 in drawn) == (modality is None)  # the start of an image is vision
     assert drawn.min() >= first and drawn.max() < end and len(drawn.unique()) > 0.95 * (end - first)
     with pytest.raises(ValueError, match="modality='audio' is unknown"):
         model.generate(torch.tensor([[1]]), modality="audio")

@@ -1,7 +1,9 @@
 """Stock Qwen2 and Qwen3 of the installed transformers: imported, started, trained, exported; text keeps its logits."""
 
 import importlib.util
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -306,6 +308,32 @@ def test_stock_models_come_back(place: Path, text_logits: Any, tmp_path: Path, b
     assert model.config.model_type == base and (tmp_path / "out" / "tokenizer.json").exists()
     with torch.no_grad():
         assert np.array_equal(model(torch.from_numpy(text_ids())).logits.numpy(), text_logits[base])
+
+
+def killed(folder: str, target: str) -> None:
+    """An import whose process dies in the middle of the weights."""
+    from unimega.hf.convert import import_folder
+    from unimega.hf.folder import read_config
+    from unimega.hf.read import describe
+
+    what = describe(read_config(Path(folder)), folder=Path(folder))
+    half = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if 2 * done > total else None
+    import_folder(Path(folder), Path(target), what=what, progress=half)
+
+
+def test_killed(place: Path, tmp_path: Path) -> None:
+    """Nothing under the name; the next import cleans up and is whole."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.preload"])
+    process = context.Process(target=killed, args=(str(place / "hf" / "qwen2"), str(tmp_path / "out")))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    tool("import_hf", place / "hf" / "qwen2", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    want, got = (stored(folder)[1] for folder in (place / "plain" / "qwen2", tmp_path / "out"))
+    assert set(got) == set(want) and all(torch.equal(got[key], want[key]) for key in want)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """A Hugging Face folder becomes a checkpoint: step 0 of a new folder of steps, there as a whole or not at all."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -77,7 +76,8 @@ def import_folder(
         parts = [_started(recipe, weights, what, seed) for recipe in start_weights.recipes(what)]
     else:
         parts = [_copied(row, weights) for row in names.rows]
-    temporary = target.absolute().with_name(f".{target.name}.partial-{os.getpid()}")
+    temporary = target.absolute().with_name(f".{target.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # of an import that was killed
     try:
         write_step(temporary, _watched(parts, progress), metadata=_metadata(what, read_config(folder)))
         (temporary / MODEL_TABLE).write_text(model_table(source.model))

@@ -479,11 +479,14 @@ class Samplable(LogitsProcessor):
         if modality not in ranges:
             raise ValueError(f"modality={modality!r} is unknown. Give 'text', 'vision' or None.")
         self.range = ranges[modality]
+        self.but = list(config.vision_token_ids or ()) if modality == "text" else []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, rows], -inf where an id may not be drawn."""
         ids = torch.arange(scores.shape[-1], device=scores.device)
-        return scores.masked_fill((ids < self.range[0]) | (ids >= self.range[1]), -float("inf"))
+        never = (ids < self.range[0]) | (ids >= self.range[1])
+        never[self.but] = True
+        return scores.masked_fill(never, -float("inf"))
 
 
 class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
@@ -543,8 +546,8 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
         """As in transformers; rows that no token has are never drawn.
 
         Args:
-            modality: ``"vision"`` draws image codes only (code k is id ``real_text_vocab_size`` + k), ``"text"`` ids
-                below them only.
+            modality: ``"vision"`` draws image codes only (code k is id ``real_text_vocab_size`` + k), ``"text"`` only
+                ids below them that are not vision either, as the start of an image is.
             kwargs: for guidance give ``guidance_scale`` s and ``negative_prompt_ids``: logits are u + s (c - u), u from
                 the negative prompt and c from the prompt, before ids are masked.
         """

@@ -11,14 +11,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from unimega.errors import CheckpointError, UnimegaError
 from unimega.parallel import step_folder
 
 _OPTIMIZER = "optimizer."
-_COMMON_FILE, _FORMAT_FILE = "common.pt", "metadata.json"
+_SHARD_FILE, _COMMON_FILE, _FORMAT_FILE = "__0_0.distcp", "common.pt", "metadata.json"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
 """As megatron-core writes it."""
@@ -99,11 +102,10 @@ def write_step(directory: Path, tensors: Mapping[str, Unmade], *, metadata: dict
     step = step_folder.step_folder(directory, 0)
     step.mkdir(parents=True)
     described = {key: torch.empty(one.shape, dtype=one.dtype, device="meta") for key, one in tensors.items()}
-    writer = dcp.FileSystemWriter(step, thread_count=1, per_thread_copy_ahead=0)  # 0: none is made ahead
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no process group: there is none on purpose
-            dcp.save(described, storage_writer=writer, planner=_Planner(tensors), no_dist=True)
+            dcp.save(described, storage_writer=_Writer(step), planner=_Planner(tensors), no_dist=True)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, OSError | UnimegaError):
@@ -117,6 +119,30 @@ def write_step(directory: Path, tensors: Mapping[str, Unmade], *, metadata: dict
         step_folder.sync(file)
     step_folder.write_manifest(step, {file.name: step_folder.seal(file) for file in files})
     step_folder.write_durably(directory / step_folder.LATEST_FILE, step.name)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Writes one file, and forgets each tensor once it is written: torch's own keeps them all to the end."""
+
+    def __init__(self, step: Path) -> None:
+        super().__init__(step)
+        self._file = step / _SHARD_FILE
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = []
+        with self._file.open("xb") as stream:
+            for item in plan.items:
+                start = stream.tell()
+                tensor = planner.resolve_data(item)
+                assert isinstance(tensor, torch.Tensor)
+                # torch.save writes the whole storage of a view
+                is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
+                torch.save(tensor.clone() if is_view else tensor, stream)
+                size = stream.tell() - start
+                results.append(WriteResult(item.index, size, _StorageInfo(_SHARD_FILE, start, size)))
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
 
 
 class _Planner(DefaultSavePlanner):
