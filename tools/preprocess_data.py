@@ -66,7 +66,7 @@ a job of many sources, corpus.toml (paths start from its folder):
     direction = "both"              # what a run may do with pairs: both, t2i, i2t; auto follows data_type
 
     [limits]
-    row_mb = 32                     # a longer row is bad
+    row_mb = 16                     # a longer row is bad
     task_mb = 16                    # what a kill costs at most per worker
 
 used to Megatron-LM? --output-prefix and --tokenizer-model are taken for --output and --tokenizer; a corpus is one

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from unimega.data.preparing import pool
 from unimega.data.preparing.job import Job
@@ -38,7 +38,7 @@ class Progress:
     tokens: int
     bad: int
     seconds: float
-    merging: bool = False
+    phase: Literal["reading", "merging", "done"] = "reading"
 
 
 def preprocess(job: Job, progress: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def preprocess(job: Job, progress: Callable[[Progress], None] = lambda _: None) 
         else:
             pool.run(plan, tasks, watch.report, tick=watch.tick)
         _refuse_changed(plan)
-        watch.merging = True
+        watch.phase = "merging"
         sidecar = merge(plan, work, tick=watch.tick)
         watch.finish()
         work.remove()
@@ -82,7 +82,7 @@ class _Watch:
         self._bytes = self._rows = self._documents = self._tokens = 0
         self._bad: Counter[str] = Counter()
         self._examples: list[dict[str, Any]] = []
-        self.merging = False
+        self.phase: Literal["reading", "merging", "done"] = "reading"
 
     def report(self, delta: Delta) -> None:
         """Take a worker's report."""
@@ -108,13 +108,13 @@ class _Watch:
                 tokens=self._tokens,
                 bad=self._bad.total(),
                 seconds=time.monotonic() - self._start,
-                merging=self.merging,
+                phase=self.phase,
             )
         )
 
     def finish(self) -> None:
         """Tell the end."""
-        self._bytes = self._total - self._kept
+        self._bytes, self.phase = self._total - self._kept, "done"
         self.tick()
 
     def _stop(self) -> None:

@@ -15,7 +15,7 @@ from unimega.data.tokenize import Backend
 from unimega.errors import ConfigError, DataError
 
 Direction = Literal["auto", "both", "t2i", "i2t"]
-ROW_MB, TASK_MB, MAX_BAD_SHARE = 32.0, 16.0, 0.01
+ROW_MB, TASK_MB, MAX_BAD_SHARE = 16.0, 16.0, 0.01
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,9 +56,8 @@ def describe(progress: Progress) -> str:
     read = progress.done_bytes - progress.kept_bytes
     left = progress.total_bytes - progress.done_bytes
     share = 100 * progress.done_bytes / max(1, progress.total_bytes)
-    if progress.merging:
-        still = "merging" if left else "done"
-    else:
+    still: str = progress.phase
+    if progress.phase == "reading":
         still = f"ETA {_duration(left * seconds / read)}" if read else "ETA -"
     kept = f", {progress.kept_bytes / 1e6:.1f} MB kept" if progress.kept_bytes else ""
     return (

@@ -47,6 +47,9 @@ def samples(file: BinaryIO, compression: Compression, shown: str, *, limit: int)
                 members = {}
         if key is not None:
             yield _sample(number + 1, start, size, members, limit)
+    while rest := stream.read(_HEADER_BYTES):  # to the end: what follows, and the sum of a compressed file
+        if rest.strip(b"\0"):
+            raise DataError(f"{shown}: there is more behind the archive's end. Joined archives? Name each by itself.")
 
 
 def _sample(number: int, start: int, size: int, members: Mapping[str, bytes], limit: int) -> Raw:

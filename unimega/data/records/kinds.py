@@ -89,7 +89,7 @@ def _renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, A
 
 def _recognise(fields: Mapping[str, Any]) -> Kind:
     declared = fields.get("data_type")
-    if declared is not None and declared not in _KIND_OF_TYPE:
+    if declared is not None and (not isinstance(declared, str) or declared not in _KIND_OF_TYPE):
         raise BadRow(
             f"data_type={declared!r} is not supported; known: {', '.join(_KIND_OF_TYPE)}. Give the source a kind",
             reason="unknown kind",

@@ -5,9 +5,11 @@ from typing import Any
 
 from unimega.data import format as layout
 from unimega.data.records.row import BadRow, Segment
-from unimega.data.records.values import absent, string, text
+from unimega.data.records.values import string, text
 
 TURN_SPLIT, PAIR_SPLIT = "^^^turn_split^^^", "^^^pair_split^^^"
+_MARKS_END = "_split^^^"
+"""One search finds that a text has neither."""
 IMAGE_MARK = "<image>"
 _QUESTION_ROLES = frozenset(("human", "user", "system", "tool", "function", "observation"))
 _ANSWER_ROLES = frozenset(("gpt", "assistant", "model", "bot", "chatgpt"))
@@ -32,7 +34,7 @@ def conversation(value: Any, name: str) -> list[Turn]:
             raise BadRow(f"{where} is a {type(turn).__name__}, an object is needed", reason="wrong type")
         role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
         role = turn.get(role_key)
-        if role not in _QUESTION_ROLES and role not in _ANSWER_ROLES:
+        if not isinstance(role, str) or role not in _QUESTION_ROLES | _ANSWER_ROLES:
             known = ", ".join(sorted(_QUESTION_ROLES | _ANSWER_ROLES))
             raise BadRow(f"{where}: {role_key}={role!r} is not known; known: {known}", reason="unknown role")
         turns.append((role in _ANSWER_ROLES, _content(turn.get(text_key), f"{where}.{text_key}")))
@@ -127,4 +129,4 @@ def _content(value: Any, name: str) -> str:
 
 def has_marks(value: Any) -> bool:
     """Whether a text is a flat string of turns."""
-    return isinstance(value, str) and not absent(value) and (TURN_SPLIT in value or PAIR_SPLIT in value)
+    return isinstance(value, str) and _MARKS_END in value and (TURN_SPLIT in value or PAIR_SPLIT in value)
