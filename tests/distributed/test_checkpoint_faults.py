@@ -231,9 +231,10 @@ class Stop(BaseException):
     """A kill, as far as the process itself can act one: nothing catches it."""
 
 
-def crashes(folder: str) -> list[tuple[int, int, bool, list[str]]]:
-    """Saves of step 3 that end at the first, second, ... change of the disk; what is found afterwards, each time."""
+def crashes(folder: str, number: int) -> list[tuple[int, int, bool, list[str]]]:
+    """Saves of a step, beside steps 1 and 2, that end at the first, second, ... change of the disk; what is left."""
     from unimega.parallel import checkpoint
+    from unimega.parallel.step_folder import find_fault
 
     keys = [f"weight {n}" for n in range(3)]
 
@@ -253,12 +254,13 @@ def crashes(folder: str) -> list[tuple[int, int, bool, list[str]]]:
         for module, name, original in undo:
             setattr(module, name, interrupted(original, calls, last))
         try:
-            save(place, 3)
+            save(place, number)
             done = True
         except Stop:
             done = False
         for module, name, original in undo:
             setattr(module, name, original)
+        assert [step for step in place.glob("step-????????") if find_fault(step)] == []
         newest = checkpoint.find_newest(place)
         assert newest is not None
         left = sorted(entry.name for entry in place.iterdir())
@@ -279,15 +281,16 @@ def interrupted(original: Callable[..., Any], calls: list[int], last: int) -> Ca
     return act
 
 
-def test_a_save_may_be_killed_at_any_change_of_the_disk(tmp_path: Path) -> None:
-    found = run_dist(crashes, world=1, args=(str(tmp_path),))[0]
+@pytest.mark.parametrize(("number", "before"), [(3, 2), (2, 1)], ids=["a new step", "a step that is there"])
+def test_a_save_may_be_killed_at_any_change_of_the_disk(number: int, before: int, tmp_path: Path) -> None:
+    found = run_dist(crashes, world=1, args=(str(tmp_path), number))[0]
     assert len(found) > 20
-    steps = [newest for newest, _, _, _ in found]
-    assert steps == sorted(steps) and set(steps) == {2, 3}
-    for newest, after, done, left in found:
+    assert {newest for newest, _, _, _ in found} == {before, number}
+    for _, after, _, left in found:
         assert after == 4
         assert not [name for name in left if name.endswith(".tmp")], "find_newest removes what is left behind"
-        assert done is False or (newest, left) == (3, ["latest", "step-00000002", "step-00000003"])
+    newest, _, done, left = found[-1]
+    assert (newest, done, left) == (number, True, ["latest", f"step-{number - 1:08d}", f"step-{number:08d}"])
 
 
 def killed_writer(folder: str) -> tuple[str, list[str], bool]:

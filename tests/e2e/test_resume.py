@@ -215,7 +215,8 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
         run = Run(corpus, tmp_path / "killed", options)
         runs.append(run)
         interrupt(run, event, draw)
-        assert run.wait() != 0, f"torchrun says that a rank is gone: {run.text()[-3000:]}"
+        status = run.wait()  # a signal that asks makes all ranks stop and end well
+        assert (status == 0) == (event == "end in a save"), run.text()[-3000:]
         run.close()
     run = Run(corpus, tmp_path / "killed", options)
     runs.append(run)
