@@ -4,10 +4,12 @@ import json
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,6 +132,25 @@ def test_a_view_outlives_its_corpus(tmp_path):
     code = f"from unimega.data.reader import IndexedCorpus as C\nx = C({prefix!r}).sequence(1)\nprint(x.tolist())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout.strip()) == (0, "[8191, 0, 300]")
+
+
+def test_ten_million_documents_open_at_once_and_are_checked_within_a_second(tmp_path):
+    number, prefix = 10_000_000, str(tmp_path / "big")
+    Path(prefix + ".bin").write_bytes(bytes(4))
+    with open(prefix + ".idx", "wb") as file:  # sparse: empty sequences at 0, all but the last document empty
+        file.write(layout.MAGIC + layout.HEADER.pack(1, 4, number, number + 1))
+        file.seek(layout.HEADER_BYTES + 12 * number + 8 * number)
+        file.write(struct.pack("<q", number))
+    IndexedCorpus(prefix)
+    process = psutil.Process()
+    memory, start = process.memory_info().rss, time.process_time()
+    corpus = IndexedCorpus(prefix)
+    assert time.process_time() - start < 0.010
+    assert process.memory_info().rss - memory < 20e6
+    assert corpus.num_documents == number
+    start = time.process_time()
+    corpus.check()
+    assert time.process_time() - start < 1
 
 
 def test_pointers_beyond_4_gib(tmp_path):
