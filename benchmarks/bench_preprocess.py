@@ -30,6 +30,7 @@ from unimega.errors import DataError, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 _MB = 1_000_000
+_TRAIN_MB = 30
 _EXTRAS = ("gigatoken", "orjson", "regex", "transformers", "pyarrow", "zstandard", "sentencepiece")
 _BARE = (
     "import runpy, sys; sys.modules.update(dict.fromkeys({extras}, None)); "
@@ -239,7 +240,7 @@ def main(argv: Sequence[str]) -> None:
         raise DataError(f"--megatron '{arguments.megatron}' is wrong. It has no tools/preprocess_data.py.")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        texts.train(folder / "tokenizer", arguments.vocabulary)
+        texts.train(folder / "tokenizer", arguments.vocabulary, int(min(_TRAIN_MB, arguments.mb or _TRAIN_MB) * _MB))
         ways = contestants(folder / "tokenizer", arguments.megatron)
 
         def source(stem: str, megabytes: float) -> Source:

@@ -25,7 +25,6 @@ _ENDINGS = (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".html", ".c")
 _ROOTS = (f"{sys.prefix}/lib", f"{sys.base_prefix}/lib", "/usr/share", "/usr/include", "/usr/lib/python3")
 _DOCUMENT_CHARACTERS = 2200
 _LEAST_BYTES = 1_000_000
-_TRAIN_BYTES = 30_000_000
 _LONG_WORD = re.compile(r"[a-z]{7,}")
 
 
@@ -68,8 +67,8 @@ def write(path: Path, source: Iterator[str], num_bytes: int) -> tuple[int, int]:
     return written, documents
 
 
-def train(folder: Path, vocabulary: int) -> None:
-    """A byte-level BPE with the split and NFC of Qwen 2, of the first 30 MB of the text, with its special tokens."""
+def train(folder: Path, vocabulary: int, num_bytes: int) -> None:
+    """A byte-level BPE with the split and NFC of Qwen 2, of the first bytes of the text, with its special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -82,7 +81,7 @@ def train(folder: Path, vocabulary: int) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(_first(_TRAIN_BYTES), trainer)
+    tokenizer.train_from_iterator(_first(num_bytes), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
