@@ -207,6 +207,15 @@ def test_report_html_is_one_self_contained_file(written):
     assert "uniform over 32 codes" in text and "choice among the captions" in text
 
 
+def test_wrong_drawings_are_framed(results, svm):
+    pictures = report.choose(results, judge.judge(results.data, results.book, results.sampled, svm))
+    rows = [
+        (caption, [(scan, digit != row) for digit, (scan, _) in enumerate(ten)])
+        for row, (caption, ten) in enumerate(pictures.drawn)
+    ]
+    assert page._grid(replace(pictures, drawn=rows)).count('<img class="wrong"') == 7
+
+
 def test_wrong_captions_are_framed(results, svm):
     strip = page._strip(report.choose(results, judge.judge(results.data, results.book, results.sampled, svm)).held_out)
     assert strip.count("class=wrong") == 18 + 6  # the first 18 are wrong, the next 6 of the 24 name no digit
