@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import get_args
+from typing import NoReturn, get_args
 
 from unimega import log
 from unimega.data.images import ImageTokenizer
@@ -84,6 +84,14 @@ _OTHERS = {
     "--dataset-impl": "it is always mmap",
 }
 """Flags of Megatron-LM's tool that change nothing here, and why."""
+_REFUSED = ("--vocab-file", "--merge-file", "--vocab-size")
+"""Flags of Megatron-LM's tool that would change the ids."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake."""
+        raise ConfigError(f"{message}. --help shows every option.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -109,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("job", nargs="?", metavar="JOB.toml", help="a job of many sources, instead of --input")
@@ -142,12 +150,15 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument("--validate", action="store_true", help="check all rows, write nothing but the quarantine")
     both.add_argument("--overwrite", action="store_true", help="replace a corpus, and parts of another job")
     both.add_argument("--progress-seconds", type=float, metavar="S", help="between two lines (default 10; terminal 1)")
-    for flag in _OTHERS:
+    for flag in (*_OTHERS, *_REFUSED):
         parser.add_argument(flag, nargs="*", help=argparse.SUPPRESS)
     return parser
 
 
 def _tell_others(arguments: argparse.Namespace) -> None:
+    for flag in _REFUSED:
+        if getattr(arguments, flag[2:].replace("-", "_")) is not None:
+            raise ConfigError(f"{flag} is not read. Name a folder with tokenizer.json, or a .model, as --tokenizer.")
     for flag, why in _OTHERS.items():
         if getattr(arguments, flag[2:].replace("-", "_")) is not None:
             print(f"unimega: {flag} changes nothing: {why}.", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The preprocessing tool as a process: killed, out of disk, out of memory, and with the bytes of an undisturbed run."""
 
 import gzip
+import io
 import json
 import os
 import random
@@ -9,11 +10,15 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.unit.data_corpora import read
+from tests.unit.test_data_inputs import png
 from tests.unit.test_data_preprocess import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -207,3 +212,53 @@ def test_two_processes_do_not_write_one_corpus(inputs, tmp_path):
     process.kill()
     finish(process)
     assert code == 2 and "another process writes this corpus" in err, err
+
+
+JOB = """
+[output]
+prefix = "out"
+[tokenizer]
+path = "tokenizer"
+[vision]
+image_tokenizer = "digits:centres.npz"
+[[source]]
+name = "web"
+paths = ["*.jsonl"]
+fields = { text = "content" }
+[[source]]
+name = "scans"
+paths = ["scans.tar"]
+direction = "t2i"
+[limits]
+task_mb = 0.01
+"""
+
+
+def test_a_job_file_with_pictures(tmp_path):
+    """Two sources of one corpus; the tokenizer of pictures is joined by its name, here and in the workers."""
+    pytest.importorskip("PIL.Image", reason="pip install 'unimega[data]'")
+    make_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "job.toml").write_text(JOB)
+    (tmp_path / "web.jsonl").write_text(
+        "".join(json.dumps({"content": f"bus {n}", "text": "x"}) + "\n" for n in range(9))
+    )
+    np.savez(tmp_path / "centres.npz", centres=np.linspace(0, 1, 8, dtype=np.float32)[:, None].repeat(4, axis=1))
+    shades = [0, 255, 73] * 20
+    with tarfile.open(tmp_path / "scans.tar", "w") as archive:
+        for number, shade in enumerate(shades):
+            for name, data in ((f"{number:02d}.png", png((shade,) * 3)), (f"{number:02d}.txt", b"a bus")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    command = [sys.executable, TOOL, str(tmp_path / "job.toml"), "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    documents = read(str(tmp_path / "out"))
+    assert [document[-1] for document in documents[9:]] == [(0x01, [round(shade / 255 * 7)] * 16) for shade in shades]
+    sidecar = json.loads((tmp_path / "out.json").read_text())
+    web, scans = sidecar["sources"]
+    assert (web["name"], web["path"], web["documents"]) == ("web", "web.jsonl", 9)
+    assert (scans["name"], scans["direction"], scans["tokens"]["vision"]) == ("scans", "t2i", 60 * 16)
+    assert sidecar["vocabulary"]["codebook"] == 8 and sidecar["vocabulary"]["grid"] == [4, 4]
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:4]] == ["web", "scans", "total"]

@@ -1,5 +1,6 @@
 """jsonl to corpus, end to end with a tokenizer made here."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,11 +11,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.unit.data_corpora import read
 from unimega.data import format as layout
-from unimega.data.preparing.job import Job, SourceSpec
+from unimega.data.preparing.job import MAX_BAD_SHARE, Job, LimitsSection, SourceSpec, read_job
 from unimega.data.preprocess import preprocess
 from unimega.data.reader import IndexedCorpus
 from unimega.data.tokenize import TextTokenizer
-from unimega.errors import DataError
+from unimega.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
 SPECIALS = ["<|endoftext|>", "<|pad|>", "<|vision_start|>", "<|vision_end|>", "<unconditional>"]
@@ -239,3 +240,75 @@ def test_the_tool(tmp_path, tokenizer):
         and "unimega: rows.jsonl:1: codes has 4 codes, codes_per_image is 5. 1 of 1 rows" in bad.stderr
     )
     assert len(read(str(tmp_path / "out"))) == 1 and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.fixture
+def tool(tmp_path, tokenizer, monkeypatch, capsys):
+    """The command in this process, from the folder of the rows: (what it printed, what it said)."""
+    spec = importlib.util.spec_from_file_location("preprocess_data", ROOT / "tools" / "preprocess_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.log, "setup", lambda: None)  # it would take pytest's handler
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a red bus", "content": "the car"}\n')
+
+    def call(*arguments):
+        module.main([*map(str, arguments), "--workers", "1", "--overwrite"])
+        return capsys.readouterr()
+
+    return call
+
+
+ONE = ("--input", "rows.jsonl", "--output", "out", "--tokenizer", "tokenizer")
+
+
+def test_the_flags_of_megatron(tmp_path, tokenizer, tool):
+    known = ("--input", "rows.jsonl", "--output-prefix", "out", "--tokenizer-model", "tokenizer", "--append-eod")
+    printed, said = tool(*known, "--tokenizer-type", "HuggingFaceTokenizer", "--json-keys", "content")
+    assert "--append-eod changes nothing: the loader ends every document with eos" in said
+    assert "--tokenizer-type changes nothing" in said and "out: 1 documents" in printed
+    assert read(str(tmp_path / "out")) == [[(0, TextTokenizer(tokenizer).encode(["the car"])[0].tolist())]]
+    for flags, line in (
+        (("--json-keys", "text", "content"), "--json-keys=text content: Megatron-LM writes one corpus per key"),
+        (("--vocab-file", "x"), "--vocab-file is not read. Name a folder with tokenizer.json"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            tool(*ONE, *flags)
+
+
+def test_what_the_command_line_refuses(tmp_path, tool):
+    (tmp_path / "job.toml").write_text("[output]\nprefix = 'out'\n[tokenizer]\npath = 'tokenizer'\n")
+    for arguments, line in (
+        (ONE[2:], "--input is missing. Give a JOB.toml, or --input, --output and --tokenizer"),
+        (("job.toml", "--codebook", 3), "--codebook does not go with job.toml. Set it in the file"),
+        ((*ONE, "--fields", "content"), "--fields=content is wrong. Write FIELD=NAME"),
+        ((*ONE, "--image-tokenizer", "digits"), "--image-tokenizer=digits is wrong. Write NAME:PATH"),
+        ((*ONE, "--image-tokenizer", "dalle:x"), "image tokenizer 'dalle' is not known. There are chameleon, digits"),
+        ((*ONE, "--kind", "poem"), "argument --kind: invalid choice: 'poem'"),
+        ((*ONE, "--colour", "red"), "unrecognized arguments: --colour red. --help shows"),
+        (("gone.toml",), "gone.toml: cannot be read"),
+        (("rows.jsonl",), "rows.jsonl: not valid TOML"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            tool(*arguments)
+    for flags, line in (
+        (("--fields", "body=x"), "fields: unknown field 'body'. Known: text"),
+        (("--max-bad-share", 2), "--max-bad-share=2.0 is wrong"),
+        (("--task-mb", 0), "--task-mb=0.0 is wrong"),
+        (("--max-row-mb", "nan"), "--max-row-mb=nan is wrong"),
+    ):
+        with pytest.raises(DataError, match=line):
+            tool(*ONE, *flags)
+
+
+def test_help_teaches_by_an_example(tool, capsys, tmp_path, tokenizer):
+    """The job of --help can be read as it stands."""
+    with pytest.raises(SystemExit):
+        tool("--help")
+    text = capsys.readouterr().out
+    lines = text[text.index("    [output]") :].splitlines()
+    example = "\n".join(line for line in lines if line.startswith("    ") or not line)
+    (tmp_path / "example.toml").write_text(example)
+    job = read_job(str(tmp_path / "example.toml"))
+    assert [source.name for source in job.source] == ["web", "pairs"] and job.vision.codebook == 8192
+    assert job.limits == LimitsSection() and job.output.max_bad_share == MAX_BAD_SHARE
