@@ -13,19 +13,23 @@ docs/data_formats.md explains the files.
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unimega.data import charts, entropy, render, samples, statistics
+from unimega.data import format as layout
 from unimega.data.reader import IndexedCorpus
 from unimega.data.scan import MODALITIES
 from unimega.data.tokenize import TextTokenizer
 from unimega.data.verify import verify
-from unimega.errors import DataError, run_cli
+from unimega.errors import DataError, optional, run_cli
 
 _WIDTH = 30
 _SHOWN = 3
@@ -121,6 +125,12 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
         default="true",
         help="false: all but the first token carries loss (data.mask_instructions)",
     )
+    parser.add_argument(
+        "--draw",
+        nargs=2,
+        metavar=("NAME:PATH", "DIR"),
+        help="also write each image as DIR/DOCUMENT-N.png, drawn from its codes by chameleon:FOLDER or digits:FILE",
+    )
     group = parser.add_argument_group("as the model sees it", "The options are the keys of [data] of a run.")
     group.add_argument("--assembled", action="store_true", help="with prompts, image borders, eos, drawn direction")
     group.add_argument("--epoch", type=_count, default=recipe.epoch, help="draws differ from epoch to epoch")
@@ -214,6 +224,7 @@ def _show(arguments: argparse.Namespace) -> None:
         names = ("seed", "epoch", "templates", "t2i_ratio", "unconditional_ratio", "row_separator", "direction", "name")
         recipe = samples.Recipe(mask_instructions=mask, **{name: getattr(arguments, name) for name in names})
         seen = samples.AsSeen(prefix, tokenizer, recipe, megatron=arguments.megatron)
+    draw = _drawer(corpus, *arguments.draw) if arguments.draw else None
     is_coloured = _is_coloured(arguments.color)
     if is_coloured and not arguments.json:
         print(f"({', '.join(render.LEGEND)})")
@@ -227,6 +238,46 @@ def _show(arguments: argparse.Namespace) -> None:
         else:
             width = None if arguments.full else render.DEFAULT_WIDTH
             print("\n".join(render.sample_lines(sample, colour=is_coloured, width=width)))
+        if draw is not None:
+            draw(number)
+
+
+def _drawer(corpus: IndexedCorpus, kind: str, folder: str) -> Callable[[int], None]:
+    """What writes the images of a document.
+
+    Raises:
+        UnimegaError: no such tokenizer of pictures, or not the one that made the codes.
+    """
+    from unimega.models import vision  # imports torch
+
+    name, _, path = kind.partition(":")
+    tokenizer = vision.load(name, path)
+    vocabulary = corpus.sidecar["vocabulary"] if corpus.sidecar is not None else {}
+    made_by = (vocabulary.get("image_tokenizer") or {}).get("sha256", tokenizer.fingerprint)
+    if vocabulary.get("codebook") != tokenizer.codebook or made_by != tokenizer.fingerprint:
+        raise DataError(
+            f"--draw {kind} is wrong. {corpus.prefix} has codes of codebook {vocabulary.get('codebook')} made by "
+            f"{made_by[:12]}; this is one of {tokenizer.codebook}, {tokenizer.fingerprint[:12]}."
+        )
+    picture = optional("PIL.Image", extra="data")
+
+    def draw(document: int) -> None:
+        first, stop = int(corpus.documents[document]), int(corpus.documents[document + 1])
+        images = first + np.flatnonzero(layout.modality_of(corpus.modes[first:stop]) == layout.VISION)
+        for number, sequence in enumerate(images.tolist()):
+            codes = corpus.sequence(sequence)
+            if len(codes) != math.prod(tokenizer.grid):
+                raise DataError(
+                    f"document {document}: an image of {len(codes)} codes, {kind} draws {math.prod(tokenizer.grid)}."
+                )
+            out = Path(folder) / f"{document}-{number}.png"
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                picture.fromarray(tokenizer.decode(codes[None])[0]).save(out)
+            except OSError as error:
+                raise DataError(f"{out}: cannot be written ({error.strerror or error}).") from error
+
+    return draw
 
 
 def _plot(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import tools.inspect_data as tool
 from tests.unit.data_corpora import BOI, EOI, EOS, FIRST_WORD, TEXT, UNCONDITIONAL, VOCABULARY, facts, pair, write
@@ -170,6 +171,28 @@ def test_rows_of_an_image_are_separated(tmp_path):
     prefix = write(tmp_path / "a", [[(1, [7, 8, 9, 10, 11])]], tokenizer=facts()["tokenizer"] | {"special": special})
     seen = samples.AsSeen(prefix, None, samples.Recipe(templates="none", row_separator=2))
     assert [one.ids for one in seen.sample(0).runs] == [(BOI,), (7, 8), (0,), (9, 10), (0,), (11,), (EOI,), (EOS,)]
+
+
+def test_images_are_drawn_from_their_codes(tmp_path, capsys):
+    centres = np.random.default_rng(0).random((32, 4), dtype=np.float32)
+    np.savez(tmp_path / "book.npz", centres=centres)
+    prefix = write(tmp_path / "a", [[(0, [7])], pair([6], list(range(16))), pair([6], [1, 2])])
+    kind, folder = f"digits:{tmp_path / 'book.npz'}", str(tmp_path / "new" / "pictures")
+    assert run(capsys, "show", prefix, "0", "1", "--draw", kind, folder)[0] == 0
+    (picture,) = Path(folder).iterdir()
+    drawn = np.asarray(Image.open(picture))
+    assert picture.name == "1-0.png" and drawn.shape == (8, 8, 3)
+    assert np.array_equal(drawn[:2, 2:4, 0].ravel(), np.rint(centres[1] * 255))
+    for words, line in (
+        (("2", "--draw", kind, folder), "document 2: an image of 2 codes"),
+        (("1", "--draw", "digits:none", folder), "none: no npz with centres"),
+        (("1", "--draw", "vq:none", folder), "image tokenizer 'vq' is not known"),
+        (("1", "--draw", kind, str(tmp_path / "a.idx" / "x")), "1-0.png: cannot be written"),
+    ):
+        status, _, err = run(capsys, "show", prefix, *words)
+        assert status == 2 and line in err and err.count("\n") == 1
+    np.savez(tmp_path / "book.npz", centres=centres[:31])
+    assert "this is one of 31" in run(capsys, "show", prefix, "1", "--draw", kind, folder)[2]
 
 
 def test_random_documents_follow_from_the_seed(corpus, capsys):
