@@ -1,4 +1,10 @@
-"""Train a model: python examples/pretrain_unix.py --config RUN.toml [--parallel.tp 2 ...]."""
+"""Train a model, or go on with one.
+
+    python examples/pretrain_unix.py --config RUN.toml [--section.key value ...]
+    torchrun --nproc-per-node 8 examples/pretrain_unix.py --config RUN.toml --parallel.tp 2
+
+``--help`` lists every key. docs/training.md: resuming, signals, metrics, profiles, time limits.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +13,7 @@ from unimega.errors import run_cli
 
 
 def main(argv: Sequence[str]) -> None:
-    """python examples/pretrain_unix.py --config RUN.toml [--parallel.tp 2 ...]."""
+    """Read the run, check it, train."""
     from unimega.config.loader import load_run
 
     config = load_run(argv)

@@ -291,7 +291,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
         "rank 0 waited 2 s (parallel.timeout_minutes) for the gather of parameters at step 4. "
         "rank 1 did not arrive: last seen in its own code at step 4."
     )
-    assert late.startswith("rank 1 lost the connection to another rank in the gather of parameters at step 4.")
+    assert late.startswith("rank 1 lost the connection to another rank in the gather of parameters at step 4:")
 
 
 def test_wandb_gets_what_metrics_get(tmp_path: Path) -> None:

@@ -14,23 +14,32 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from unimega.config import schema, strict
 from unimega.config.schema import RunConfig
 
-EXPLANATION = (
-    "A run of unimega. --config FILE [FILE ...] reads TOML files, the last one wins; every key below overrides them. "
-    "Lists are words, e.g. --parallel.layout 1 2 0 1; lists of tables are TOML in one word."
-)
+EXPLANATION = """A run of unimega: trains, and goes on from its newest checkpoint when it is started again.
+
+One process: python {program} --config RUN.toml
+
+8 GPUs: torchrun --nproc-per-node 8 {program} --config RUN.toml --parallel.tp 2
+
+Two files, the last one wins, and keys on top of them: --config BASE.toml LARGE.toml --optimizer.lr 3e-4
+
+Lists are words, e.g. --parallel.layout 1 2 0 1; lists of tables are TOML in one word. What is marked (required) has to
+be given in a file or here. A stored run.json is a file as well.
+
+SIGTERM and SIGUSR1 save and end the run, Ctrl-C ends it; the same command goes on. docs/training.md tells of resuming,
+signals, metrics and profiles, docs/configuration.md of every key."""
 
 
 def print_help() -> None:
     """Print every option with its type, default and docstring."""
     registry = ConstructorRegistry()
     registry.primitive_rule(_tables_in_one_word)
-    program = sys.argv[0].rsplit("/", 1)[-1]
+    program = sys.argv[0]
     with registry:
         try:
             tyro.cli(
                 RunConfig,
                 prog=program,
-                description=EXPLANATION,
+                description=EXPLANATION.replace("{program}", program),
                 args=["--help"],
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,

@@ -19,6 +19,7 @@ from unimega.parallel.agreement import check_equal
 from unimega.training import start
 from unimega.training.engine import Engine
 from unimega.training.run import Run
+from unimega.training.signals import Signals
 from unimega.training.trackers import check_installed
 from unimega.training.watch import Watch
 
@@ -41,21 +42,23 @@ def train(config: RunConfig) -> None:
         check_installed(config)
     meet(timeout=60 * config.parallel.timeout_minutes, world=world)
     watch = Watch.of_world(timeout=60 * config.parallel.timeout_minutes)
-    try:
-        _train(config, plan, evaluations, goes_on=goes_on, watch=watch)
-    except UnimegaError:
-        raise
-    except RuntimeError as error:  # torch has no one class for a collective that gives up
-        if (told := watch.explain(error)) is None:
+    # The signals stay ours until the error is explained: the launcher ends whoever is left when a rank dies.
+    with Signals().listening() as signals:
+        try:
+            _train(config, plan, evaluations, goes_on=goes_on, watch=watch, signals=signals)
+        except UnimegaError:
             raise
-        raise told from error
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted at step {watch.step}; the same command goes on from the last checkpoint."
-        ) from None
-    finally:
-        log.live("")
-        watch.close()
+        except RuntimeError as error:  # torch has no one class for a collective that gives up
+            if (told := watch.explain(error)) is None:
+                raise
+            raise told from error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted at step {watch.step}; the same command goes on from the last checkpoint."
+            ) from None
+        finally:
+            log.live("")
+            watch.close()
     dist.destroy_process_group()  # after an error it would wait for ranks that are gone, and hide the error
 
 
@@ -77,7 +80,13 @@ def meet(*, timeout: float, world: int) -> None:
 
 
 def _train(
-    config: RunConfig, plan: DataPlan, evaluations: Mapping[str, DataPlan], *, goes_on: bool, watch: Watch
+    config: RunConfig,
+    plan: DataPlan,
+    evaluations: Mapping[str, DataPlan],
+    *,
+    goes_on: bool,
+    watch: Watch,
+    signals: Signals,
 ) -> None:
     check_equal(config_loader.dump(config) | {"there are steps in checkpoint.directory": goes_on})
     engine = Engine(
@@ -92,7 +101,7 @@ def _train(
         initial="" if goes_on else config.checkpoint.initial,
     )
     resumed = engine.resume(config.checkpoint.directory)
-    Run(config, engine, plan, evaluations, resumed=resumed, watch=watch).train()
+    Run(config, engine, plan, evaluations, resumed=resumed, watch=watch, signals=signals).train()
     engine.close()
 
 

@@ -41,6 +41,7 @@ class Run:
         evaluations: of the held-out corpora, by name.
         resumed: where it goes on; None: at the beginning.
         watch: is told of every step.
+        signals: say when to stop.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Run:
         *,
         resumed: Resumed | None,
         watch: Watch,
+        signals: Signals,
     ) -> None:
         self.config, self.engine, self.plan, self.evaluations = config, engine, plan, evaluations
         self.watch, self.is_main = watch, dist.get_rank() == 0
@@ -59,7 +61,7 @@ class Run:
         names = engine.spec.modalities
         self.loss_weights = tuple(config.training.loss_weights.get(name, 1.0) for name in names)
         self.guard = Guard(config.training.max_skipped_steps, self._sources)
-        self.signals, self.spread = Signals(), Spread(rank=dist.get_rank(), world=dist.get_world_size())
+        self.signals, self.spread = signals, Spread(rank=dist.get_rank(), world=dist.get_world_size())
         self.profile = Profile(config.logging.profile, config.logging.directory, rank=dist.get_rank())
         self.step = self.saved = resumed.step if resumed else 0
         self.saving = False
@@ -106,10 +108,9 @@ class Run:
             self.engine.spec.modalities, steps=steps, every=config.logging.every_steps, first=self.step
         )
         try:
-            with self.signals.listening():
-                while not self._advance(loader):
-                    pass
-                self.engine.finish_saves(wait=True)
+            while not self._advance(loader):
+                pass
+            self.engine.finish_saves(wait=True)
         finally:
             self.profile.close(self.step)
             loader.close()

@@ -107,7 +107,7 @@ class Watch:
             self._thread.join(self.interval)
 
     def explain(self, error: BaseException) -> UnimegaError | None:
-        """The line for a collective that gave up; None for any other error. Takes two beats of time."""
+        """The line for a collective that gave up; None for any other error. May take two beats of time."""
         text = str(error)
         if not (isinstance(error, dist.DistError) or "gloo" in text.lower()):
             return None
@@ -116,9 +116,11 @@ class Watch:
         at = f"at step {self.step}" if self.step else "before the first step"
         if "timed out" in text.lower() or "timeout" in text.lower():
             what = f"rank {self._rank} waited {self._timeout:g} s (parallel.timeout_minutes) for {words} {at}"
-        else:
-            what = f"rank {self._rank} lost the connection to another rank in {words} {at}"
-        return UnimegaError(f"{what}. {self.missing()} The same command goes on from the last checkpoint.")
+            return UnimegaError(f"{what}. {self.missing()} The same command goes on from the last checkpoint.")
+        return UnimegaError(  # at once: the launcher ends this rank as well
+            f"rank {self._rank} lost the connection to another rank in {words} {at}: that one ended, and its own lines "
+            "or the launcher's report say why. The same command goes on from the last checkpoint."
+        )
 
     def missing(self) -> str:
         """Who keeps the others waiting, in words. Takes two beats of time."""
