@@ -1,0 +1,356 @@
+// Routing of tokens to experts: the k best of E scores, and where each slot lies in expert-major order.
+//
+// Plain C interface on raw pointers and a stream, no torch headers; built by CMake when UNIMEGA_BUILD=cuda. A route is
+// three launches, without atomics on global memory and without a sync over the grid:
+//   choose  a warp a token: k times the largest key of the row; how often each block of tokens chose each expert
+//   scan    a warp an expert: running sum of those counts over the blocks
+//   place   a thread a slot: start of its expert + blocks before + tokens before it in its block
+// The order is stable and does not depend on scheduling. Ties go to the lowest expert.
+//
+// Limits: 1 <= experts <= 512, 1 <= k <= 16, k <= experts.
+
+#include <cuda_runtime.h>
+
+#include <cfloat>
+#include <cstdint>
+
+namespace {
+
+constexpr int kLanes = 32;
+constexpr int kWarps = 8;
+constexpr int kTokens = 64;  // a block's tokens are the bits of one 64-bit word per expert
+constexpr int kMaxExperts = 512;
+constexpr int kMaxK = 16;
+constexpr unsigned kAll = 0xffffffffu;
+
+// Order-preserving map of floats to unsigned; -0 and +0 are equal.
+__device__ __forceinline__ unsigned ordered(float x) {
+    const unsigned bits = __float_as_uint(x + 0.0f);
+    return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+    for (int step = kLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
+    return x;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAll, x, step);
+    return x;
+}
+
+// The largest key of the warp's row, and the lowest expert that has it. One reduction for the key, one for the tie.
+__device__ __forceinline__ int warp_argmax(unsigned key, int expert, unsigned *largest) {
+#if __CUDA_ARCH__ >= 800
+    *largest = __reduce_max_sync(kAll, key);
+    return static_cast<int>(__reduce_min_sync(kAll, key == *largest ? static_cast<unsigned>(expert) : kAll));
+#else
+    unsigned top = key;
+    for (int step = kLanes / 2; step > 0; step /= 2) top = max(top, __shfl_xor_sync(kAll, top, step));
+    unsigned who = key == top ? static_cast<unsigned>(expert) : kAll;
+    for (int step = kLanes / 2; step > 0; step /= 2) who = min(who, __shfl_xor_sync(kAll, who, step));
+    *largest = top;
+    return static_cast<int>(who);
+#endif
+}
+
+// Bit i of masks[e]: token i of the block chose expert e. Or is commutative: the result does not depend on the order.
+__device__ __forceinline__ void mark(unsigned long long *masks, int expert, int token) {
+    atomicOr(&masks[expert], 1ull << token);
+}
+
+struct Choice {
+    int experts, k, groups, group_topk;
+    bool sigmoid, normalize;
+    float scale;
+};
+
+// Blank the keys of experts whose group is not among the best: a group's score is the sum of its two largest keys
+// (sigmoid) or its largest (softmax). keys: [experts] in shared memory, of this warp.
+__device__ void limit_groups(float *keys, float *scores, const Choice &c, int lane) {
+    const int size = c.experts / c.groups;
+    for (int g = lane; g < c.groups; g += kLanes) {
+        float first = -INFINITY, second = -INFINITY;
+        for (int e = g * size; e < (g + 1) * size; ++e) {
+            const float x = keys[e];
+            if (x > first) {
+                second = first;
+                first = x;
+            } else if (x > second) {
+                second = x;
+            }
+        }
+        scores[g] = c.sigmoid && size > 1 ? first + second : first;
+    }
+    __syncwarp();
+    for (int g = lane; g < c.groups; g += kLanes) {
+        int better = 0;  // groups that come before this one
+        for (int other = 0; other < c.groups; ++other)
+            better += scores[other] > scores[g] || (scores[other] == scores[g] && other < g);
+        if (better >= c.group_topk)
+            for (int e = g * size; e < (g + 1) * size; ++e) keys[e] = -INFINITY;
+    }
+    __syncwarp();
+}
+
+template <int kPerLane>
+__global__ void __launch_bounds__(kWarps *kLanes)
+    choose(const float *__restrict__ logits, const float *__restrict__ bias, int64_t tokens, int64_t rows, Choice c,
+           float *__restrict__ weights, int *__restrict__ chosen, int *__restrict__ counts, int blocks) {
+    extern __shared__ float scratch[];  // keys [kWarps][experts], group scores [kWarps][groups]: with groups only
+    __shared__ unsigned long long masks[kPerLane * kLanes];
+    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+    for (int e = threadIdx.x; e < c.experts; e += blockDim.x) masks[e] = 0;
+    __syncthreads();
+    for (int inside = warp; inside < kTokens; inside += kWarps) {
+        const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + inside;
+        if (token >= tokens) break;
+        if (token >= rows) {  // pads are last and have no expert
+            for (int j = lane; j < c.k; j += kLanes) {
+                chosen[token * c.k + j] = c.experts;
+                weights[token * c.k + j] = 0.0f;
+            }
+            continue;
+        }
+        float score[kPerLane], key[kPerLane];
+        float top = -INFINITY;
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+            const int e = i * kLanes + lane;
+            score[i] = e < c.experts ? logits[token * c.experts + e] : -INFINITY;
+            top = fmaxf(top, score[i]);
+        }
+        float total = 1.0f;
+        if (!c.sigmoid) {
+            top = warp_max(top);
+            total = 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+            const int e = i * kLanes + lane;
+            const float logit = score[i];
+            score[i] = c.sigmoid ? 1.0f / (1.0f + expf(-logit)) : expf(logit - top);
+            if (!c.sigmoid) total += score[i];
+            // Softmax keeps the order of its logits; what may not be chosen (-inf) stays below every other key.
+            key[i] = !c.sigmoid && bias == nullptr ? logit : logit == -INFINITY ? -INFINITY : score[i];
+            if (e >= c.experts) key[i] = -INFINITY;
+        }
+        if (!c.sigmoid) total = warp_sum(total);
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+            const int e = i * kLanes + lane;
+            if (!c.sigmoid) score[i] /= total;
+            if (bias != nullptr && e < c.experts && key[i] != -INFINITY) key[i] = score[i] + bias[e];
+        }
+        if (c.groups > 1) {
+            float *keys = scratch + warp * (c.experts + c.groups);
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i)
+                if (i * kLanes + lane < c.experts) keys[i * kLanes + lane] = key[i];
+            __syncwarp();
+            limit_groups(keys, keys + c.experts, c, lane);
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i)
+                if (i * kLanes + lane < c.experts) key[i] = keys[i * kLanes + lane];
+        }
+        float mine = 0.0f, sum = 0.0f;  // lane j keeps the j-th choice
+        int expert = 0;
+        unsigned taken = 0;  // bit i: this lane's i-th expert was chosen
+        for (int j = 0; j < c.k; ++j) {
+            unsigned best = 0;
+            int at = 0;
+            float value = 0.0f;  // carried along: an array indexed by a variable would live in memory
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i) {
+                const bool free = !(taken >> i & 1u) && i * kLanes + lane < c.experts;
+                const unsigned candidate = free ? ordered(key[i]) : 0u;
+                if (candidate > best) {
+                    best = candidate;
+                    at = i;
+                    value = score[i];
+                }
+            }
+            unsigned largest;
+            const int winner = warp_argmax(best, at * kLanes + lane, &largest);
+            const int owner = winner % kLanes;
+            value = __shfl_sync(kAll, value, owner);
+            if (lane == owner) taken |= 1u << (winner / kLanes);
+            if (lane == j) {
+                mine = value;
+                expert = winner;
+            }
+            sum += value;
+        }
+        if (lane < c.k) {
+            const float norm = c.normalize ? mine / (c.sigmoid ? sum + 1e-20f : sum) : mine;
+            weights[token * c.k + lane] = norm * c.scale;
+            chosen[token * c.k + lane] = expert;
+            mark(masks, expert, inside);
+        }
+    }
+    __syncthreads();
+    if (counts != nullptr)
+        for (int e = threadIdx.x; e < c.experts; e += blockDim.x)
+            counts[static_cast<int64_t>(e) * blocks + blockIdx.x] = __popcll(masks[e]);
+}
+
+// The same counts, of experts that were chosen elsewhere.
+__global__ void count(const int *__restrict__ chosen, int64_t tokens, int experts, int k, int *__restrict__ counts,
+                      int blocks) {
+    __shared__ unsigned long long masks[kMaxExperts];
+    for (int e = threadIdx.x; e < experts; e += blockDim.x) masks[e] = 0;
+    __syncthreads();
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
+    for (int slot = threadIdx.x; slot < kTokens * k; slot += blockDim.x) {
+        const int64_t token = first + slot / k;
+        if (token >= tokens) continue;
+        const int e = chosen[first * k + slot];
+        if (e >= 0 && e < experts) mark(masks, e, slot / k);
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < experts; e += blockDim.x)
+        counts[static_cast<int64_t>(e) * blocks + blockIdx.x] = __popcll(masks[e]);
+}
+
+// counts [experts][blocks] becomes the sum over earlier blocks; totals [experts].
+__global__ void scan(int *__restrict__ counts, int *__restrict__ totals, int experts, int blocks) {
+    const int expert = (blockIdx.x * blockDim.x + threadIdx.x) / kLanes, lane = threadIdx.x % kLanes;
+    if (expert >= experts) return;
+    int *row = counts + static_cast<int64_t>(expert) * blocks;
+    int before = 0;
+    for (int first = 0; first < blocks; first += kLanes) {
+        const int b = first + lane;
+        const int own = b < blocks ? row[b] : 0;
+        int sum = own;
+        for (int step = 1; step < kLanes; step *= 2) {
+            const int other = __shfl_up_sync(kAll, sum, step);
+            if (lane >= step) sum += other;
+        }
+        if (b < blocks) row[b] = before + sum - own;
+        before += __shfl_sync(kAll, sum, kLanes - 1);
+    }
+    if (lane == 0) totals[expert] = before;
+}
+
+__global__ void place(const int *__restrict__ chosen, const int *__restrict__ before, const int *__restrict__ totals,
+                      int64_t tokens, int experts, int k, int blocks, int *__restrict__ offsets,
+                      int *__restrict__ places, int *__restrict__ source) {
+    __shared__ unsigned long long masks[kMaxExperts];
+    __shared__ int starts[kMaxExperts + 1];
+    __shared__ int none;  // slots without an expert in earlier blocks
+    for (int e = threadIdx.x; e < experts; e += blockDim.x) masks[e] = 0;
+    if (threadIdx.x < kLanes) {  // running sum of the experts' totals, by the first warp
+        int sum = 0;
+        int mine = 0;
+        for (int first = 0; first < experts; first += kLanes) {
+            const int e = first + threadIdx.x;
+            const int own = e < experts ? totals[e] : 0;
+            int running = own;
+            for (int step = 1; step < kLanes; step *= 2) {
+                const int other = __shfl_up_sync(kAll, running, step);
+                if (static_cast<int>(threadIdx.x) >= step) running += other;
+            }
+            if (e < experts) {
+                starts[e] = sum + running - own;
+                mine += before[static_cast<int64_t>(e) * blocks + blockIdx.x];
+            }
+            sum += __shfl_sync(kAll, running, kLanes - 1);
+        }
+        for (int step = kLanes / 2; step > 0; step /= 2) mine += __shfl_xor_sync(kAll, mine, step);
+        if (threadIdx.x == 0) {
+            starts[experts] = sum;
+            none = static_cast<int>(blockIdx.x) * kTokens * k - mine;
+        }
+    }
+    __syncthreads();
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
+    for (int slot = threadIdx.x; slot < kTokens * k; slot += blockDim.x) {
+        if (first + slot / k >= tokens) continue;
+        const int e = chosen[first * k + slot];
+        if (e >= 0 && e < experts) mark(masks, e, slot / k);
+    }
+    __syncthreads();
+    for (int slot = threadIdx.x; slot < kTokens * k; slot += blockDim.x) {
+        if (first + slot / k >= tokens) continue;
+        const int e = chosen[first * k + slot];
+        int at;
+        if (e >= 0 && e < experts) {
+            const unsigned long long earlier = masks[e] & ((1ull << (slot / k)) - 1);
+            at = starts[e] + before[static_cast<int64_t>(e) * blocks + blockIdx.x] + __popcll(earlier);
+        } else {
+            int in_block = 0;  // rare: pads are whole tokens at the end
+            for (int other = 0; other < slot; ++other) {
+                const int x = chosen[first * k + other];
+                in_block += x < 0 || x >= experts;
+            }
+            at = starts[experts] + none + in_block;
+        }
+        places[first * k + slot] = at;
+        source[at] = static_cast<int>(first * k + slot);
+    }
+    if (blockIdx.x == 0)
+        for (int e = threadIdx.x; e <= experts; e += blockDim.x) offsets[e] = starts[e];
+}
+
+int blocks_of(int64_t tokens) { return static_cast<int>((tokens + kTokens - 1) / kTokens); }
+
+cudaError_t order(const int *chosen, int64_t tokens, int experts, int k, int *counts, int *offsets, int *places,
+                  int *source, cudaStream_t stream) {
+    const int blocks = blocks_of(tokens);
+    int *totals = counts + static_cast<int64_t>(experts) * blocks;
+    scan<<<(experts + kWarps - 1) / kWarps, kWarps * kLanes, 0, stream>>>(counts, totals, experts, blocks);
+    place<<<blocks, 256, 0, stream>>>(chosen, counts, totals, tokens, experts, k, blocks, offsets, places, source);
+    return cudaGetLastError();
+}
+
+bool unfit(int64_t tokens, int experts, int k) {
+    return tokens < 1 || experts < 1 || experts > kMaxExperts || k < 1 || k > kMaxK || k > experts;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Ints of workspace that a call needs.
+int64_t unimega_routing_workspace(int64_t tokens, int experts) {
+    return static_cast<int64_t>(experts) * (blocks_of(tokens) + 1);
+}
+
+// The k best experts of every token and the expert-major order of all slots. Three launches. Returns a cudaError_t.
+//   logits   [tokens, experts] fp32          bias     [experts] fp32 or null: added for the choice alone
+//   rows     tokens from here on get no expert (id = experts, weight 0)
+//   weights  [tokens, k] fp32                chosen   [tokens, k]
+//   offsets  [experts + 1]: slots of expert e lie in offsets[e] .. offsets[e + 1], slots without one after them
+//   places   [tokens, k]: where a slot lies  source   [tokens * k]: the slot (token * k + j) that lies there
+int unimega_route(const float *logits, const float *bias, int64_t tokens, int64_t rows, int experts, int k, int sigmoid,
+                  int normalize, float scale, int groups, int group_topk, float *weights, int *chosen, int *workspace,
+                  int *offsets, int *places, int *source, void *stream) {
+    if (unfit(tokens, experts, k) || groups < 1 || experts % groups != 0) return cudaErrorInvalidValue;
+    const Choice c{experts, k, groups, group_topk, sigmoid != 0, normalize != 0, scale};
+    const int blocks = blocks_of(tokens);
+    const size_t shared = groups > 1 ? sizeof(float) * kWarps * (experts + groups) : 0;
+    auto *s = static_cast<cudaStream_t>(stream);
+    auto launch = [&](auto kernel) {
+        kernel<<<blocks, kWarps * kLanes, shared, s>>>(logits, bias, tokens, rows, c, weights, chosen, workspace, blocks);
+    };
+    if (experts <= 32) launch(choose<1>);
+    else if (experts <= 64) launch(choose<2>);
+    else if (experts <= 128) launch(choose<4>);
+    else if (experts <= 256) launch(choose<8>);
+    else launch(choose<16>);
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    return order(chosen, tokens, experts, k, workspace, offsets, places, source, s);
+}
+
+// The order of slots whose experts are known. Three launches. Returns a cudaError_t.
+int unimega_expert_order(const int *chosen, int64_t tokens, int experts, int k, int *workspace, int *offsets, int *places,
+                         int *source, void *stream) {
+    if (tokens < 1 || experts < 1 || experts > kMaxExperts || k < 1) return cudaErrorInvalidValue;
+    auto *s = static_cast<cudaStream_t>(stream);
+    count<<<blocks_of(tokens), 256, 0, s>>>(chosen, tokens, experts, k, workspace, blocks_of(tokens));
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    return order(chosen, tokens, experts, k, workspace, offsets, places, source, s);
+}
+
+const char *unimega_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+}
