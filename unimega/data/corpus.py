@@ -16,7 +16,7 @@ import numpy.typing as npt
 from unimega.data import format as layout
 from unimega.data import order
 from unimega.data.reader import IndexedCorpus
-from unimega.data.tokenize import SpecialIds
+from unimega.data.tokenize import SpecialIds, locate
 from unimega.errors import ConfigError, DataError
 
 Ints = npt.NDArray[np.int64]
@@ -130,7 +130,7 @@ class Corpus:
         if sidecar is None or "path" not in sidecar["tokenizer"]:
             return None
         folder = self.reader.sidecar_path.parent / sidecar["tokenizer"]["path"]
-        return folder if (folder / "tokenizer.json").is_file() else None
+        return folder if locate(folder) else None
 
     @property
     def has_images(self) -> bool:
