@@ -99,6 +99,8 @@ class Demo:
 
     def _history(self, started: Started) -> Sequence[Path]:
         """What the checkpoints before the last could do: exported, judged and thrown away, one after the other."""
+        from unimega.hf.export import export_checkpoint  # what the tool calls; once imported it takes no second
+
         steps = [number for number in range(EVERY, self.run.steps, EVERY) if self._step(number).is_dir()]
         data, book = corpus.read_scans(self.folder)
         svm, path = judge.train_judge(data), self.folder / "history.json"
@@ -107,7 +109,8 @@ class Demo:
         target = self.folder / "export_earlier"
         with bar("history", len(steps), unit="export", done=len(found)) as progress:
             for step in (step for step in steps if str(step) not in found):
-                export(self._step(step), target, tick=lambda: redraw(progress))
+                shutil.rmtree(target, ignore_errors=True)
+                export_checkpoint(self._step(step), target)
                 sampler = Sampler(target)
                 drawn = draw(sampler, self.split, tick=lambda: redraw(progress))
                 labels, _ = asked(self.split)
