@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.unit.data_corpora import read
-from tests.unit.test_data_inputs import png
+from tests.unit.test_data_pictures import png
 from tests.unit.test_data_preprocess import make_tokenizer
 
 ROOT = Path(__file__).parents[2]

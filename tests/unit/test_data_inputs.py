@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import tarfile
-import textwrap
 
 import numpy as np
 import pytest
@@ -15,13 +14,11 @@ from hypothesis import strategies as st
 
 from tests.unit.data_corpora import read
 from tests.unit.test_data_preprocess import IMAGE, make_job, make_tokenizer
-from unimega.data import images
 from unimega.data.preparing import files
 from unimega.data.preparing.files import InputFile, lines, lines_of_block
-from unimega.data.preparing.job import read_job
 from unimega.data.preprocess import preprocess
 from unimega.data.records.row import BadRow
-from unimega.errors import ConfigError, DataError
+from unimega.errors import DataError
 
 ROWS = [
     {"text": "a red bus"},
@@ -312,118 +309,11 @@ def test_pickles_hold_plain_things_only(tmp_path, tokenizer):
         def __reduce__(self):
             return os.system, ("touch " + str(tmp_path / "owned"),)
 
+    vast = pickle.dumps({"items": ["b" * 1000] * 100_000})
     good = pickle.dumps({"texts": ["a", None], "images": [None, None]})
-    data = tar([("a.pkl", pickle.dumps(Evil())), ("b.pkl", good), ("c.pkl", b"\x80"), ("d.txt", b"a bus")])
+    data = tar(
+        [("a.pkl", pickle.dumps(Evil())), ("b.pkl", good), ("c.pkl", b"\x80"), ("e.pkl", vast), ("d.txt", b"a bus")]
+    )
     found, sidecar = convert(tmp_path, tokenizer, data, max_bad_share=0.9)
-    assert len(found) == 1 and sidecar["sources"][0]["quarantined"] == {"pickle": 2, "wrong type": 1}
+    assert len(found) == 1 and sidecar["sources"][0]["quarantined"] == {"pickle": 2, "row too long": 1, "wrong type": 1}
     assert not (tmp_path / "owned").exists()
-
-
-class Means:
-    """An image tokenizer for tests: the mean of each quarter, in 32 steps."""
-
-    codebook, grid, fingerprint = 32, (2, 2), "means"
-
-    def encode(self, pictures):
-        quarters = [
-            [int(half.mean()) // 8 for rows in np.array_split(one, 2) for half in np.array_split(rows, 2, axis=1)]
-            for one in pictures
-        ]
-        return np.asarray(quarters, dtype=np.int32)
-
-
-def png(colour, size=(6, 4), mode="RGB") -> bytes:
-    image_module = pytest.importorskip("PIL.Image", reason="pip install 'unimega[data]'")
-    out = io.BytesIO()
-    image_module.new(mode, size, colour).save(out, "PNG")
-    return out.getvalue()
-
-
-def test_pictures_become_codes(tmp_path, tokenizer):
-    values = [8 * (number % 32) for number in range(70)]
-    members = []
-    for number, value in enumerate(values):
-        members.append((f"{number:03d}.png", b"no picture" if number == 50 else png((value,) * 3)))
-        members.append((f"{number:03d}.txt", b"a bus"))
-    expected = [[value // 8] * 4 for number, value in enumerate(values) if number != 50]
-    for workers, task_mb in ((1, 16), (2, 0.002)):
-        found, sidecar = convert(
-            tmp_path,
-            tokenizer,
-            tar(members),
-            image_tokenizer=Means,
-            image_tokenizer_name="means:",
-            codebook=None,
-            codes_per_image=(),
-            max_bad_share=0.05,
-            workers=workers,
-            task_mb=task_mb,
-        )
-        assert [document[1] for document in found] == [(0x01, codes) for codes in expected]
-        assert sidecar["vocabulary"]["codebook"] == 32 and sidecar["vocabulary"]["grid"] == [2, 2]
-        assert sidecar["vocabulary"]["codes_per_image"] == 4
-        assert sidecar["vocabulary"]["image_tokenizer"]["sha256"] == "means"
-        assert sidecar["sources"][0]["quarantined"] == {"bad picture": 1}
-
-
-def test_pictures_beside_their_rows(tmp_path, tokenizer):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.png").write_bytes(png((0, 0, 0)))
-    rows = [{"caption": "a", "image": "pictures/a.png"}, {"caption": "a", "image": "gone.png"}]
-    values = {"image_tokenizer": Means, "max_bad_share": 0.5, "codebook": 32}
-    found, sidecar = convert(tmp_path, tokenizer, jsonl(rows), **values)
-    assert [document[1] for document in found] == [(0x01, [0, 0, 0, 0])]
-    assert sidecar["sources"][0]["quarantined"] == {"bad picture": 1}
-    with pytest.raises(DataError, match=r"--codebook=64 is wrong\. The image tokenizer has 32"):
-        convert(tmp_path, tokenizer, jsonl(rows), **{**values, "codebook": 64})
-    with pytest.raises(DataError, match=r"--codes-per-image=9 is wrong\. The image tokenizer gives 4"):
-        convert(tmp_path, tokenizer, jsonl(rows), **values, codes_per_image=(9,))
-
-
-def test_decoding():
-    white_where_clear = images.decode(png((255, 0, 0, 0), mode="RGBA"))
-    assert white_where_clear.shape == (4, 6, 3) and (white_where_clear == 255).all()
-    assert (images.decode(png(7, mode="L")) == 7).all()
-    with pytest.raises(images.BadImage, match="6 x 4 pixels, at most 23"):
-        images.decode(png(7, mode="L"), max_pixels=23)
-    with pytest.raises(images.BadImage, match="not a picture"):
-        images.decode(png((1, 2, 3))[:-30])
-
-
-TOML = """
-[output]
-prefix = "corpus/mix"
-[tokenizer]
-path = "tokenizer"
-[vision]
-codebook = 32
-codes_per_image = [4]
-[[source]]
-name = "web"
-paths = ["web/*.jsonl"]
-fields = {{ text = "content" }}
-[[source]]
-name = "pairs"
-paths = ["pairs.jsonl"]
-direction = "{direction}"
-"""
-
-
-def test_job_files(tmp_path):
-    path = tmp_path / "job.toml"
-    path.write_text(TOML.format(direction="t2i"))
-    job = read_job(str(path))
-    assert [source.name for source in job.source] == ["web", "pairs"] and job.source[0].fields == {"text": "content"}
-    for change, line in (
-        (("direction =", "way ="), r"unknown key 'source\[1\]\.way'"),
-        (('"{direction}"', '"up"'), r"'source\[1\]\.direction' wants one of 'auto', 'both', 't2i', 'i2t', found 'up'"),
-        (("prefix", "name"), r"unknown key 'output\.name'"),
-        (('path = "tokenizer"', ""), r"'tokenizer.path' is missing. Set it in \[tokenizer\]"),
-        (("paths", "path"), r"unknown key 'source\[0\]\.path'. Did you mean 'source\[0\]\.paths'"),
-    ):
-        path.write_text(TOML.replace(*change).format(direction="t2i"))
-        with pytest.raises(ConfigError, match=line):
-            read_job(str(path))
-    path.write_text(textwrap.dedent("[output]\nprefix = 'a'\n[tokenizer]\npath = 'b'\n"))
-    with pytest.raises(ConfigError, match=r"no source. Add a table \[\[source\]\]"):
-        read_job(str(path))

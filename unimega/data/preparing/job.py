@@ -173,7 +173,8 @@ def expand(source: SourceSpec, folder: str) -> list[str]:
         if not names:
             raise DataError(f"input='{pattern}' is wrong. No file has such a name.")
         found += names
-    twice = next((name for number, name in enumerate(found) if name in found[:number]), None) if found else None
+    seen: set[str] = set()
+    twice = next((name for name in found if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
     if twice is not None:
         raise DataError(f"input='{twice}' is named twice. Name each file once; weights are set when training.")
     return found

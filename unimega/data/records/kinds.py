@@ -27,6 +27,7 @@ _KIND_OF_TYPE: dict[str, Kind] = {
 _DIRECTION_OF_KIND: dict[Kind, str] = {"t2i": "t2i", "i2t": "i2t"}
 _PICTURE_FIELDS = ("image", "images", "image_path", "image_bytes", "image_base64")
 _TURN_FIELDS = ("conversations", "messages")
+_MAX_CONTENT = 1 << 26
 _OTHER_MEDIA = ("video", "videos", "audio", "voice")
 _IMAGE_CONTEXT = layout.mode(layout.VISION, context=True)
 
@@ -267,12 +268,26 @@ def _interleaved(fields: Mapping[str, Any], rules: Rules) -> Row:
     if not isinstance(items, Sequence) or isinstance(items, str) or not len(items):
         raise BadRow(f"{name} is not a list of texts and codes", reason="wrong type")
     segments: list[Segment] = []
+    texts: list[str] = []
+    size = 0
+
+    def close() -> None:
+        if texts:
+            segments.append(Segment(layout.MODE_TEXT, text="".join(texts)))
+            texts.clear()
+
     for number, item in enumerate(items):
         found = _item(item, f"{name}[{number}]", rules)
-        if found.text is not None and segments and segments[-1].text is not None:
-            segments[-1] = Segment(layout.MODE_TEXT, text=segments[-1].text + found.text)
+        content = found.text if found.text is not None else found.ids if found.ids is not None else ()
+        size += len(content)
+        if size > _MAX_CONTENT:  # pickles and dictionaries of parquet may name one thing a million times
+            raise BadRow(f"{name} hold more than {_MAX_CONTENT} characters and codes", reason="row too long")
+        if found.text is not None:
+            texts.append(found.text)
         else:
+            close()
             segments.append(found)
+    close()
     return Row(tuple(segments))
 
 
