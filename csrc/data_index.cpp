@@ -236,7 +236,26 @@ struct Rows {
     float* weights;
     std::vector<std::int64_t> group_sizes, own_sizes;
     std::vector<std::int32_t> loss_rows;
+    std::int64_t totals[3] = {0, 0, 0};  // tokens of text, of pads, of vision
+    std::int64_t text_loss_rows = 0;
 };
+
+// Runs of these sizes as unimega.batch.Intervals has them: borders, first key of each row, sizes, the longest.
+py::tuple runs(const std::vector<std::int64_t>& sizes, py::ssize_t total) {
+    py::array_t<std::int32_t> borders(static_cast<py::ssize_t>(sizes.size()) + 1), first(total);
+    py::tuple lengths(sizes.size());
+    std::int32_t* border = borders.mutable_data();
+    std::int32_t* low = first.mutable_data();
+    std::int64_t longest = 0;
+    border[0] = 0;
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+        border[i + 1] = border[i] + static_cast<std::int32_t>(sizes[i]);
+        std::fill(low + border[i], low + border[i + 1], border[i]);
+        lengths[i] = py::int_(sizes[i]);
+        longest = std::max(longest, sizes[i]);
+    }
+    return py::make_tuple(borders, first, lengths, longest);
+}
 
 // The tokens of one piece; false: an id is not of its modality.
 bool fill(const Pieces& pieces, std::int64_t at, const Ids& ids, std::int32_t* out) {
@@ -283,7 +302,7 @@ void ramp(std::int32_t* out, std::int64_t count, std::int64_t first) {
 bool make_rows(const Pieces& pieces, const Ids& ids, const float* scale, bool cross_document, Rows& rows) {
     enum { kTextRow, kPadRow, kVisionRow };
     const std::int64_t count = pieces.starts[pieces.documents];
-    std::int64_t totals[3] = {0, 0, 0};
+    std::int64_t* totals = rows.totals;
     const auto kind_of = [&](std::int64_t at) { return pieces.flags[at] & kPad ? kPadRow : pieces.flags[at] & kVision ? kVisionRow : kTextRow; };
     for (std::int64_t at = 0; at < count; ++at) totals[kind_of(at)] += pieces.length[at];
     const std::int64_t total = totals[0] + totals[1] + totals[2], real = total - totals[kPadRow];
@@ -350,6 +369,8 @@ bool make_rows(const Pieces& pieces, const Ids& ids, const float* scale, bool cr
         found += rows.weights[i] != 0.0F;
     }
     rows.loss_rows.resize(found);
+    const auto vision = static_cast<std::int32_t>(total - totals[kVisionRow]);
+    rows.text_loss_rows = std::lower_bound(rows.loss_rows.begin(), rows.loss_rows.end(), vision) - rows.loss_rows.begin();
     return sound;
 }
 
@@ -393,7 +414,7 @@ py::object collate(const py::list& elements, const Array<std::int32_t>& literals
     for (int i = 0; i < 8; ++i) made.emplace_back(total);
     py::array_t<float> weights(total);
     Rows rows{made[0].mutable_data(), made[1].mutable_data(), made[2].mutable_data(), made[3].mutable_data(), made[4].mutable_data(),
-              made[5].mutable_data(), made[6].mutable_data(), made[7].mutable_data(), weights.mutable_data(), {}, {}, {}};
+              made[5].mutable_data(), made[6].mutable_data(), made[7].mutable_data(), weights.mutable_data(), {}, {}, {}, {0, 0, 0}, 0};
     bool sound = false;
     {
         py::gil_scoped_release unlocked;
@@ -404,14 +425,15 @@ py::object collate(const py::list& elements, const Array<std::int32_t>& literals
     py::capsule owner(found, [](void* pointer) { delete static_cast<std::vector<std::int32_t>*>(pointer); });
     py::array_t<std::int32_t> loss_rows(static_cast<py::ssize_t>(found->size()), found->data(), owner);
     return py::make_tuple(made[0], made[1], weights, loss_rows, made[2], made[3], made[4], made[5], made[6], made[7],
-                          to_numpy(std::move(rows.group_sizes)), to_numpy(std::move(rows.own_sizes)));
+                          runs(rows.group_sizes, total), runs(rows.own_sizes, total), rows.totals[0], rows.totals[1],
+                          rows.text_loss_rows);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_data_index, module) {
     module.doc() = "C++ twins of unimega.data.packing.best_fit, unimega.data.order.permute and unimega.data.rows.rows.";
-    module.attr("version") = 2;  // unimega/data/native.py takes no other
+    module.attr("version") = 3;  // unimega/data/native.py takes no other
     module.def("best_fit", &best_fit, py::arg("lengths"), py::arg("pack_length"), py::kw_only(), py::arg("open_packs"),
                "Online best fit: (starts i64[packs + 1], items i64[items]).");
     module.def("permute", &permute, py::arg("size"), py::arg("key"), py::arg("start"), py::arg("count"),

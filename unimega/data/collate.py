@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from unimega.batch import Intervals, Microbatch, TokenOrder, rows_of_rank
+from unimega.batch import Microbatch, TokenOrder, rows_of_rank
 from unimega.data.draft import Draft, Filling
-from unimega.data.pieces import PAD, VISION
+from unimega.data.pieces import VISION
 from unimega.data.rows import rows
 
 
@@ -38,24 +38,22 @@ def collate(
         OutOfPlace: a stored id is not of its modality.
     """
     made = rows(draft, filling, pack_length=pack_length, scale=scale, cross_document=rank.cross_document)
-    pieces = draft.pieces
-    counts = [0] * len(filling.vocabulary.names)
-    counts[0] = len(made.tokens)
+    counts, loss_counts = [0] * len(filling.vocabulary.names), [0] * len(filling.vocabulary.names)
+    counts[0], loss_counts[0] = made.words + made.pads, made.loss_words
     if len(counts) > VISION:
-        counts[VISION] = int(pieces.length[(pieces.flags & VISION) != 0].sum())
-        counts[0] -= counts[VISION]
-    edges = [0, *np.cumsum(counts).tolist()]
+        counts[VISION] = len(made.tokens) - counts[0]
+        loss_counts[VISION] = len(made.loss_rows) - made.loss_words
     order = TokenOrder(
         permutation=made.permutation,
         inverse=made.inverse,
         counts=tuple(counts),
         counts_array=np.asarray(counts, dtype=np.int32),
         local_counts=rows_of_rank(counts, tp_rank=rank.tp_rank, tp=rank.tp, sequence_parallel=rank.sequence_parallel),
-        pads=int(pieces.length[(pieces.flags & PAD) != 0].sum()),
+        pads=made.pads,
         to_documents=made.to_documents,
         from_documents=made.from_documents,
-        documents=Intervals.of_runs(made.document_sizes),
-        own=Intervals.of_runs(made.own_sizes),
+        documents=made.documents,
+        own=made.own,
         positions=made.positions,
         document=made.document,
     )
@@ -65,5 +63,5 @@ def collate(
         labels=made.labels,
         loss_weights=made.loss_weights,
         loss_rows=made.loss_rows,
-        loss_counts=tuple(np.diff(np.searchsorted(made.loss_rows, edges)).tolist()),
+        loss_counts=tuple(loss_counts),
     )

@@ -73,20 +73,20 @@ def step_batch(plan: DataPlan, step: int, place: Place, loss_weights: Sequence[f
     Raises:
         DataError: a document cannot be read as planned.
     """
-    return _filled(plan, step, place, loss_weights, plan.draft(place.packs(step)))
+    return _filled(plan, step, place, loss_weights, plan.draft(place.packs(step)), 0)
 
 
-def _filled(plan: DataPlan, step: int, place: Place, loss_weights: Sequence[float], draft: Draft) -> StepBatch:
-    """The step whose packs are in the draft."""
-    targets = plan.targets(step, global_batch_packs=place.global_batch_packs)
-    denominator = float(sum(weight * int(count) for weight, count in zip(loss_weights, targets, strict=True)))
+def _filled(plan: DataPlan, step: int, place: Place, loss_weights: Sequence[float], draft: Draft, at: int) -> StepBatch:
+    """The step whose packs begin at pack ``at`` of the draft."""
+    targets = plan.targets(step, global_batch_packs=place.global_batch_packs).tolist()
+    denominator = float(sum(weight * count for weight, count in zip(loss_weights, targets, strict=True)))
     scale = np.asarray([weight / denominator if denominator > 0 else 0.0 for weight in loss_weights], dtype=np.float32)
     packs, micro, rank = place.packs(step), place.micro_batch_packs, place.rank
     microbatches = tuple(
-        plan.collate(draft.slice(first, first + micro), packs[first : first + micro], scale=scale, rank=rank)
-        for first in range(0, len(packs), micro)
+        plan.collate(draft.slice(at + i, at + i + micro), packs[i : i + micro], scale=scale, rank=rank)
+        for i in range(0, len(packs), micro)
     )
-    return StepBatch(step, tuple(targets.tolist()), denominator, microbatches)
+    return StepBatch(step, tuple(targets), denominator, microbatches)
 
 
 def step_batches(
@@ -110,7 +110,7 @@ def step_batches(
         behind: tuple[range, Draft] | None = None
         failed: DataError | None = None
         for at, step in enumerate(steps):
-            yield _filled(plan, step, place, loss_weights, draft.slice(at * mine, (at + 1) * mine))
+            yield _filled(plan, step, place, loss_weights, draft, at * mine)
             if at == len(steps) // 2:  # in the middle, so that the first step of a run waits for one block only
                 try:
                     behind = drafted(steps.stop)

@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-_VERSION = 2
+_VERSION = 3
 """Of the helper's functions; one that an older checkout left behind is not taken."""
 
 

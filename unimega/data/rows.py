@@ -4,10 +4,12 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from unimega.batch import Intervals
 from unimega.data import native
 from unimega.data.corpus import Ints
 from unimega.data.draft import Draft, Elements, Filling, OutOfPlace
@@ -32,10 +34,13 @@ class Rows:
     from_documents: Row
     positions: Row
     document: Row
-    document_sizes: Ints
-    """[documents] tokens of each document, the pads of each pack last."""
-    own_sizes: Ints
-    """[runs] tokens of each (modality, document)."""
+    documents: Intervals
+    own: Intervals
+    words: int
+    """Tokens of text without pads."""
+    pads: int
+    loss_words: int
+    """How many of ``loss_rows`` are text."""
 
 
 def rows(
@@ -76,7 +81,15 @@ def rows(
     )
     if found is None:
         raise OutOfPlace
-    return Rows(*found)
+    *arrays, documents, own, words, pads, loss_words = found
+    last_keys = np.arange(1, len(arrays[0]) + 1, dtype=np.int32)
+    made: list[Any] = [*arrays, _intervals(documents, last_keys), _intervals(own, last_keys), words, pads, loss_words]
+    return Rows(*made)
+
+
+def _intervals(runs: tuple[Row, Row, tuple[int, ...], int], last_keys: Row) -> Intervals:
+    borders, first_keys, lengths, longest = runs
+    return Intervals(borders, lengths, longest, first_keys, last_keys, causal=True)
 
 
 def rows_python(
@@ -107,6 +120,10 @@ def rows_python(
     weights = (weight * wanted)[by_modality].repeat(sizes)
     weights[last] = weight * (wanted[behind] & follows)
 
+    loss_rows = weights.nonzero()[0].astype(np.int32)
+    num_pads = int(length[pads].sum())
+    words = total - num_pads - int(length[is_vision].sum())
+
     def moved(to: Ints, start: Ints, order: Ints) -> Row:
         """Where each token lies in another order: ``start`` of its piece in the one, ``to`` in the other."""
         result: Row = (to - start)[order].astype(np.int32).repeat(length[order])
@@ -131,15 +148,18 @@ def rows_python(
         tokens=tokens,
         labels=labels,
         loss_weights=weights,
-        loss_rows=weights.nonzero()[0].astype(np.int32),
+        loss_rows=loss_rows,
         permutation=permutation,
         inverse=inverse,
         to_documents=to_documents,
         from_documents=from_documents,
         positions=moved(start - origin, place, by_modality),
         document=grouped.astype(np.int32).repeat(sizes),
-        document_sizes=np.bincount(group, weights=length).astype(np.int64),
-        own_sizes=np.add.reduceat(sizes, borders),
+        documents=Intervals.of_runs(np.bincount(group, weights=length).astype(np.int64)),
+        own=Intervals.of_runs(np.add.reduceat(sizes, borders)),
+        words=words,
+        pads=num_pads,
+        loss_words=int(np.searchsorted(loss_rows, words + num_pads)),
     )
 
 
