@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 import tools.inspect_data as tool
 from tests.unit.data_corpora import BOI, facts, write
 from tests.unit.test_data_format import BIN, EXAMPLE, IDX
+from tests.unit.test_data_preprocess import make_tokenizer
 from unimega.config.vocabulary import Vocabulary
 from unimega.data import format as layout
-from unimega.data.corpus import Source
+from unimega.data.corpus import Source, vision_ids
 from unimega.data.plan import DataPlan, Recipe
 from unimega.data.reader import IndexedCorpus
+from unimega.data.tokenize import TextTokenizer
 from unimega.errors import DataError, run_cli
 
 TEXT, CODEBOOK = 70_001, 8192
@@ -324,6 +327,30 @@ def test_text_of_megatron_opens_as_it_is(tmp_path, dtype, capsys):
     assert status == 2 and "has modes. Copy it too" in lines[0]
     status, _, lines = ended(capsys, first_pack, prefix, "--megatron")
     assert status == 2 and "data.tokenizer is absent" in lines[0]
+
+
+@pytest.mark.parametrize("modes", [b"", bytes(3)])
+def test_text_of_megatron_trains_with_the_tokenizer_of_the_run(tmp_path, modes):
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    tokenizer = TextTokenizer(folder)
+    eos = tokenizer.special.eos
+    texts = [[*tokenizer.encode(["the red car"])[0].tolist(), eos], tokenizer.encode(["a bus"])[0].tolist(), [300]]
+    prefix = str(tmp_path / "m")
+    np.concatenate(texts).astype("<u2").tofile(prefix + ".bin")
+    lengths = np.asarray([len(text) for text in texts], dtype="<i4")
+    starts = np.concatenate(([0], np.cumsum(lengths[:-1]))).astype("<i8") * 2
+    index = layout.MAGIC + layout.HEADER.pack(1, 8, 3, 4) + lengths.tobytes() + starts.tobytes()
+    Path(prefix + ".idx").write_bytes(index + np.arange(4, dtype="<i8").tobytes() + modes)
+    recipe = Recipe(pack_length=32, templates="none", window_tokens=64, tokenizer=str(folder))
+    assert vision_ids([prefix]) == ()
+    vocabulary = replace(VOCABULARY, ids=((), (tokenizer.special.vision_start,)))
+    plan = DataPlan([Source(path=prefix, megatron=bool(modes))], vocabulary, recipe)
+    found = set()
+    for number in range(2):
+        pack = plan.pack(number)
+        for document in range(1, int(pack.document.max()) + 1):
+            found.add(tuple(pack.tokens[pack.document == document].tolist()))
+    assert found == {tuple(texts[0]), (*texts[1], eos), (300, eos)}
 
 
 def test_sums_that_are_wrong_in_the_sidecar_alone(prefix, capsys):
