@@ -16,6 +16,7 @@ from tests.examples import DIGITS, example
 
 ROOT = Path(__file__).resolve().parents[2]
 curve = example("curve")
+pytestmark = pytest.mark.timeout(600)  # 50 s on two free cores: a demo that is killed and started again
 
 
 def start_demo(output: Path, *arguments: str) -> "subprocess.Popen[str]":
@@ -35,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     output = tmp_path_factory.mktemp("a folder") / "demo"
     first = start_demo(output, *SHORT)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200
         while not any((output / "checkpoints").glob("step-*/manifest.json")):
             assert first.poll() is None and time.monotonic() < deadline, first.communicate()
             time.sleep(0.1)
@@ -44,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
         first.communicate()
     assert len(json.loads((output / "stages" / "processes.json").read_text())) >= 3
     second = start_demo(output, *SHORT)
-    told = second.communicate(timeout=170)
+    told = second.communicate(timeout=400)
     assert second.returncode == 1, told  # 100 steps do not reach 90 %
     return output, *told
 
@@ -117,7 +118,7 @@ def test_a_second_demo_keeps_every_stage(finished: tuple[Path, str, str]) -> Non
     output, _, _ = finished
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     third = start_demo(output, *SHORT)
-    stdout, _ = third.communicate(timeout=170)
+    stdout, _ = third.communicate(timeout=400)
     assert third.returncode == 1 and stdout.count(" kept, made in ") == 7
     changed = [path.name for path, when in before.items() if path.stat().st_mtime_ns != when]
     assert set(changed) <= {"pretrain.toml"}
