@@ -87,13 +87,13 @@ def recorded_steps(folder: Path) -> list[int]:
     "stopped", [1, pytest.param(0, marks=pytest.mark.slow)]
 )  # rank 1 leaves the word to 0 for 10 s
 def test_a_rank_that_is_stopped_is_named_by_the_others(stopped: int, tmp_path: Path) -> None:
-    with started(tmp_path, TORCHRUN, parallel={"timeout_minutes": 3 / 60}) as process:
+    with started(tmp_path, TORCHRUN, parallel={"timeout_minutes": 5 / 60}) as process:
         victim = ranks(process)[stopped]
         victim.suspend()
         line = told(process, tmp_path)
         victim.kill()
         assert process.wait(60) == 1
-    assert line.startswith(f"unimega: rank {1 - stopped} waited 3 s (parallel.timeout_minutes) for ")
+    assert line.startswith(f"unimega: rank {1 - stopped} waited 5 s (parallel.timeout_minutes) for ")
     assert f". rank {stopped} does not answer: last seen in " in line
 
 
@@ -108,7 +108,7 @@ def told(process: subprocess.Popen[str], folder: Path) -> str:
     """The one line that a run ends with, once it is there."""
     deadline = time.monotonic() + 60
     while not (lines := [line for line in text(folder).splitlines() if line.startswith("unimega: ")]):
-        assert process.poll() is None and time.monotonic() < deadline, text(folder)[-5000:]
+        assert process.poll() is None and time.monotonic() < deadline, text(folder)
         time.sleep(0.1)
     (line,) = lines
     assert "Traceback (most recent call last)" not in text(folder).split(line)[0]

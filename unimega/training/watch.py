@@ -22,6 +22,8 @@ INTERVAL = 5.0
 """Seconds between two beats at most; a thousand ranks are 200 short messages a second to the store."""
 SHOWN = 4
 COMPUTE = "forward or backward"
+LOST = ("gloo", "nccl", "hccl", "timed out", "connection")
+"""What the text of an error of a collective holds: most are plain RuntimeErrors."""
 PLACES = (
     ("megatron/core/pipeline_parallel/p2p_communication", "", "a transfer between pipeline stages"),
     ("megatron/core/distributed/param_and_grad_buffer", "grad", "the reduction of gradients"),
@@ -109,7 +111,7 @@ class Watch:
     def explain(self, error: BaseException) -> UnimegaError | None:
         """The line for a collective that gave up; None for any other error. May take two beats of time."""
         text = str(error)
-        if not (isinstance(error, dist.DistError) or "gloo" in text.lower()):
+        if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in LOST):
             return None
         codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
         words, _ = place([("torch/distributed/", ""), *((code.co_filename, code.co_name) for code in reversed(codes))])
