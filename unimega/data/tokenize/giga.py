@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import psutil
@@ -11,7 +12,7 @@ from unimega.data.tokenize.forms import byte_level
 from unimega.data.tokenize.hf import Description, HuggingFace
 from unimega.errors import optional
 
-_BEGIN_AGAIN_BYTES = 256 << 20
+_BEGIN_AGAIN_BYTES = 128 << 20
 _LOOK_EVERY_CHARACTERS = 32 << 20
 """Its word table has no bound: where the process has grown by so much, looked at this often, it is loaded anew."""
 _ONE_BY_ONE_CHARACTERS = 128 << 20
@@ -40,9 +41,11 @@ class Gigatoken:
         self._is_slow = form.must_go_slowly()
         self._content = json.dumps(plain | {"added_tokens": [], "normalizer": None}, ensure_ascii=False)
         self._characters = 0
+        self._fast: Any = None
         self._load()
 
     def _load(self) -> None:
+        self._fast = None  # never two of them
         try:
             self._fast = self._library.Tokenizer.from_json(self._content).backend
         except (ValueError, RuntimeError) as error:
