@@ -5,8 +5,11 @@ import importlib.util
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from unimega.data import order, packing
+from unimega.data.native import helper
 
 if importlib.util.find_spec("unimega._data_index") is None:
     pytest.skip(
@@ -29,7 +32,7 @@ def test_permute_gives_the_reference_values(size):
 def test_permute_equals_its_twin(size, key):
     whole = native.permute(size, key, 0, size)
     assert sorted(whole.tolist()) == list(range(size))
-    assert np.array_equal(whole, order.permute(size, key, 0, size))
+    assert np.array_equal(whole, order.permute_python(size, key, 0, size))
     third = size // 3
     assert np.array_equal(native.permute(size, key, third, third), whole[third : 2 * third])
 
@@ -40,10 +43,87 @@ def test_best_fit_equals_its_twin(open_packs, pack_length):
     lengths = np.random.default_rng(pack_length).integers(1, pack_length + 1, 3000)
     for some in (lengths, lengths[:0], lengths[:1], np.full(100, pack_length)):
         starts, items = native.best_fit(some, pack_length, open_packs=open_packs)
-        twin = packing.best_fit(some, pack_length, open_packs=open_packs)
+        twin = packing.best_fit_python(some, pack_length, open_packs=open_packs)
         assert np.array_equal(starts, twin.starts)
         assert np.array_equal(items, twin.items)
         assert sorted(items.tolist()) == list(range(len(some)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 200).flatmap(lambda room: st.tuples(st.just(room), st.lists(st.integers(1, room), max_size=400))),
+    st.integers(1, 70),
+)
+def test_best_fit_equals_its_twin_whatever_the_lengths(case, open_packs):
+    room, lengths = case[0], np.asarray(case[1], dtype=np.int64)
+    starts, items = native.best_fit(lengths, room, open_packs=open_packs)
+    twin = packing.best_fit_python(lengths, room, open_packs=open_packs)
+    assert np.array_equal(starts, twin.starts) and np.array_equal(items, twin.items)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 10**12), st.integers(0, 2**64 - 1), st.data())
+def test_permute_equals_its_twin_at_any_position(size, key, data):
+    start = data.draw(st.integers(0, size - 1))
+    count = data.draw(st.integers(0, min(50, size - start)))
+    assert np.array_equal(native.permute(size, key, start, count), order.permute_python(size, key, start, count))
+
+
+def test_what_is_loaded_is_this_version():
+    """An extension that an older checkout left behind must not be called."""
+    assert helper is native
+
+
+PIECES = {
+    "elements": [np.arange(5, dtype=np.int32)],
+    "literals": np.arange(3, dtype=np.int32),
+    "starts": np.asarray([0, 2, 3]),
+    "address": np.asarray([0, 0, 0]),
+    "length": np.asarray([4, 1, 3]),
+    "flags": np.asarray([2, 4, 12], dtype=np.uint8),
+    "corpus": np.zeros(3, dtype=np.int16),
+    "pack_starts": np.asarray([0, 2]),
+    "pack_length": 8,
+    "scale": np.ones(2, dtype=np.float32),
+    "vision_ids": np.zeros(0, dtype=np.int32),
+    "text_limit": 10,
+    "offset": 10,
+    "codebook": 4,
+    "pad": 0,
+    "row_separator": 0,
+    "separator": 0,
+    "cross_document": False,
+}
+
+
+def test_ids_out_of_place_are_told_apart_from_calls_that_are_wrong():
+    tokens, labels, *_ = native.collate(**PIECES)
+    assert tokens.tolist() == [0, 1, 2, 3, 0, 0, 0, 0] and labels.tolist() == [1, 2, 3, 0, 0, 0, 0, 0]
+    for changes in ({"text_limit": 3}, {"vision_ids": np.asarray([2], dtype=np.int32)}):
+        assert native.collate(**PIECES | changes) is None
+    wide = np.asarray([0, 1, 2**40, 3, 4])
+    assert native.collate(**PIECES | {"elements": [wide]}) is None, "an id that int32 cannot hold"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"address": np.asarray([2, 0, 0])}, "elements 2 \\+ 4 of 5"),
+        ({"address": np.asarray([-1, 0, 0])}, "elements -1 \\+ 4 of 5"),
+        ({"address": np.asarray([0, 3, 0])}, "literal out of range"),
+        ({"corpus": np.ones(3, dtype=np.int16)}, "range"),
+        ({"length": np.asarray([4, 1, 4])}, "do not fill 1 packs of 8"),
+        ({"length": np.asarray([4, 0, 4])}, "do not fill"),
+        ({"starts": np.asarray([0, 2, 4])}, "do not belong together"),
+        ({"starts": np.asarray([0, 0, 3])}, "do not belong together"),
+        ({"pack_starts": np.asarray([0, 3])}, "do not belong together"),
+        ({"flags": np.zeros(2, dtype=np.uint8)}, "do not belong together"),
+        ({"row_separator": -1}, "row_separator"),
+    ],
+)
+def test_pieces_out_of_bounds_are_refused(changes, words):
+    with pytest.raises((ValueError, IndexError), match=words):
+        native.collate(**PIECES | changes)
 
 
 @pytest.mark.parametrize(
