@@ -103,13 +103,18 @@ def test_the_number_of_workers_changes_nothing(inputs, undisturbed, tmp_path):
     ]
 
 
+def parts(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of each finished part."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("out.work/*.part")}
+
+
 def kill_and_finish(inputs: Path, folder: Path, *, kills: int, seed: int) -> int:
     """Kill a run at random times, each time once it has begun to work; the number of kills that met it alive."""
     draw, met = random.Random(seed), 0
     for _ in range(kills):
+        kept = parts(folder)
         process = start(inputs, folder / "out", "--workers", str(draw.choice((1, 2))))
-        before = len(list(folder.glob("out.work/*.part")))
-        target = before + draw.randrange(1, 9)
+        target = len(kept) + draw.randrange(1, 9)
         while process.poll() is None and len(list(folder.glob("out.work/*.part"))) < target:
             time.sleep(0.002)
         time.sleep(draw.random() * 0.02)
@@ -119,6 +124,7 @@ def kill_and_finish(inputs: Path, folder: Path, *, kills: int, seed: int) -> int
         finish(process)
         if process.returncode == 0:
             break
+        assert kept.items() <= parts(folder).items(), "a finished part was written again"
         assert not (folder / "out.idx").exists() and not (folder / "out.bin").exists()
     return met
 
@@ -128,43 +134,30 @@ def test_kills_change_no_byte(inputs, undisturbed, tmp_path, kills):
     met = kill_and_finish(inputs, tmp_path, kills=kills, seed=kills)
     assert met >= kills - 2
     if not (tmp_path / "out.idx").exists():
-        kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.work").glob("*.part")}
-        assert kept
+        assert parts(tmp_path)
         code, _, err = finish(start(inputs, tmp_path / "out", "--workers", "2"))
         assert code == 0 and "MB kept" in err, err
     assert files(tmp_path / "out") == undisturbed
     assert names(tmp_path) == sorted(f"out.{ending}" for ending in ENDINGS)
 
 
-def test_finished_parts_are_not_done_again(inputs, undisturbed, tmp_path):
-    kill_and_finish(inputs, tmp_path, kills=1, seed=3)
-    part = sorted((tmp_path / "out.work").glob("00000-*.part"))[0]
-    before = part.stat().st_ino, part.stat().st_mtime_ns
-    process = start(inputs, tmp_path / "out", "--workers", "1")
-    while process.poll() is None and len(list((tmp_path / "out.work").glob("*.part"))) < 25:
-        time.sleep(0.002)
-    process.kill()
-    finish(process)
-    assert (part.stat().st_ino, part.stat().st_mtime_ns) == before
+@pytest.mark.parametrize("full", ["part", "bin", pytest.param("idx", marks=pytest.mark.slow)])
+def test_a_full_disk_is_one_line(inputs, undisturbed, tmp_path, full):
+    """Wherever a file may be refused: within a part, the merged ids, the index."""
+    limit = 2000 if full == "part" else len(undisturbed[full]) - 100
+    output, workers = tmp_path / "out", "2" if full == "part" else "1"
 
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-def test_a_full_disk_is_one_line(inputs, undisturbed, tmp_path):
-    """Every size at which a file may be refused: within a part, the merged ids, the index."""
-    sizes = [len(undisturbed[ending]) for ending in ("bin", "idx", "json")]
-    for limit in (2000, sizes[0] - 100, sizes[1] - 100):
-        output = tmp_path / str(limit)
-
-        def limited(limit=limit):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        code, _, err = finish(start(inputs, output, "--workers", "2", preexec_fn=limited))
-        line = err.splitlines()[-1]
-        assert code == 2 and line.startswith("unimega: ") and "cannot be written (File too large" in line, err
-        assert not any(Path(f"{output}.{ending}").exists() for ending in ("bin", "idx", "json"))
-        assert not list(tmp_path.rglob("*.tmp"))
-        code, _, err = finish(start(inputs, output, "--workers", "2"))
-        assert code == 0, err
-        assert files(output) == undisturbed
+    code, _, err = finish(start(inputs, output, "--workers", workers, preexec_fn=limited))
+    line = err.splitlines()[-1]
+    assert code == 2 and line.startswith("unimega: ") and "cannot be written (File too large" in line, err
+    assert not any(Path(f"{output}.{ending}").exists() for ending in ("bin", "idx", "json"))
+    assert not list(tmp_path.rglob("*.tmp"))
+    code, _, err = finish(start(inputs, output, "--workers", "1"))
+    assert code == 0 and ("MB kept" in err) == (full != "part"), err
+    assert files(output) == undisturbed
 
 
 def test_workers_do_not_outlive_their_parent(inputs, tmp_path):
