@@ -5,38 +5,16 @@ fp64 it is the exact result; in the dtype of the inputs it is what plain torch m
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from tests.kernels import moe_cases
+from tests.kernels.case import Case, Tensors, noise, wide
 from unimega.batch import Intervals
 from unimega.kernels.split_linear import SplitLinear
-
-Tensors = Sequence[torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of an op."""
-
-    name: str
-    leaves: tuple[torch.Tensor, ...]
-    """fp64; cast to the dtype of the test. What gradients are taken of."""
-    call: Callable[[Any, Tensors], Sequence[torch.Tensor]]
-    """Calls an implementation, or the definition, on the leaves; returns its outputs."""
-    strided: bool = False
-    """Leaves and incoming gradients are not contiguous."""
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def owner(counts: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -319,6 +297,7 @@ DEFINITIONS: dict[str, Any] = {
     "attention": attention,
     "split_linear": split_linear,
     "linear_cross_entropy": linear_cross_entropy,
+    **moe_cases.DEFINITIONS,
 }
 
 CASES: dict[str, tuple[Case, ...]] = {
@@ -382,4 +361,5 @@ CASES: dict[str, tuple[Case, ...]] = {
         linear_cross_entropy_case("strided", 9, 17, 41, 7, strided=True, chunk=4),
         linear_cross_entropy_case("no rows", 0, 8, 11, 1),
     ),
+    **moe_cases.CASES,
 }

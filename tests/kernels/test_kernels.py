@@ -112,8 +112,9 @@ def test_never_waits_for_the_device(op: str, impl: str, case: Case) -> None:
         return
     case.call(guarded, [t.to(DEVICE).float().requires_grad_() for t in case.leaves])
     ones = [torch.ones_like(out) for out in calls.outputs]
-    with forbid_syncs():
-        torch.autograd.backward(calls.outputs, ones)
+    if ones:
+        with forbid_syncs():
+            torch.autograd.backward(calls.outputs, ones)
 
 
 class Calls:
@@ -124,12 +125,14 @@ class Calls:
 
     def remember(self, result: Any) -> Any:
         results = result if isinstance(result, tuple) else (result,)
-        self.outputs = [out for out in results if out.requires_grad]
+        self.outputs = [out for out in results if isinstance(out, torch.Tensor) and out.requires_grad]
         return result
 
 
 def _frozen(name: str) -> bool:
-    return name.endswith(("empty modality", "padded vocabulary", "strided")) and not name.startswith("split_linear")
+    return name.endswith(("empty modality", "padded vocabulary", "strided", "empty expert")) and not name.startswith(
+        "split_linear"
+    )
 
 
 @pytest.mark.parametrize(("op", "impl", "case"), every_case(_frozen))

@@ -6,21 +6,31 @@ Importing the modules of the ops fills the table of ``registry``; a call site on
 from unimega.kernels import (
     add_rms_norm,
     attention,
+    expert_ffn,
+    expert_order,
+    grouped_gemm,
     linear_cross_entropy,
+    permute,
     qkv_prepare,
     registry,
     rms_norm,
     split_linear,
     swiglu,
+    topk_routing,
 )
 
 __all__ = [
     "add_rms_norm",
     "attention",
+    "expert_ffn",
+    "expert_order",
+    "grouped_gemm",
     "linear_cross_entropy",
+    "permute",
     "qkv_prepare",
     "registry",
     "rms_norm",
     "split_linear",
     "swiglu",
+    "topk_routing",
 ]

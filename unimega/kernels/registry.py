@@ -31,7 +31,7 @@ class Impl:
     """One way to run an op, imported only when chosen."""
 
     name: str
-    """``reference``, ``triton``, ``cuda``, ``npu`` or ``cpp``."""
+    """``reference``, ``triton``, ``cuda``, ``npu``, ``cpu`` (torch, host reads allowed) or ``cpp``."""
     target: str
     """``module:attribute``; same signature, layout and gradients as the reference."""
     devices: frozenset[str]
@@ -40,6 +40,8 @@ class Impl:
     """Why it cannot run here (a package, a compute capability), in a few words; None: it can."""
     only_named: frozenset[str] = frozenset()
     """Device types on which ``auto`` passes it over, though it can run: Triton's interpreter shows numbers, slowly."""
+    note: str = ""
+    """What whoever picks it should know; ``doctor`` prints it."""
 
 
 def triton(target: str) -> Impl:
@@ -50,6 +52,18 @@ def triton(target: str) -> Impl:
         frozenset({"cuda", "cpu"}),
         availability.triton,
         only_named=frozenset({"cpu"}),
+    )
+
+
+def npu(target: str, *operators: str, only_named: bool = False) -> Impl:
+    """The row of a function in ``unimega.kernels.npu`` and the operators of torch-npu that it calls."""
+    return Impl(
+        "npu",
+        f"unimega.kernels.npu.{target}",
+        frozenset({"npu"}),
+        availability.npu(*operators),
+        only_named=frozenset({"npu"} if only_named else ()),
+        note="never run on hardware",
     )
 
 
@@ -64,6 +78,8 @@ class Row:
     """None: it can run."""
     chosen: bool
     """True: ``auto`` takes it on this device."""
+    note: str
+    """What to know before picking it; empty: nothing."""
 
 
 _table: dict[str, tuple[Impl, ...]] = {}
@@ -134,7 +150,7 @@ def rows(devices: tuple[torch.device, ...]) -> Iterator[Row]:
             automatic = _automatic(impls, device)
             able = [impl for impl, reason in zip(impls, reasons, strict=True) if reason is None and impl in automatic]
             for impl, reason in zip(impls, reasons, strict=True):
-                yield Row(op, impl.name, device.type, reason, chosen=impl in able[:1])
+                yield Row(op, impl.name, device.type, reason, chosen=impl in able[:1], note=impl.note)
 
 
 def _automatic(impls: tuple[Impl, ...], device: torch.device) -> list[Impl]:

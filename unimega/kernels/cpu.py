@@ -1,0 +1,193 @@
+"""Rows of the table for a CPU: loops over experts, whose GEMMs stay in cache with what stands around them.
+
+On a CPU the offsets are in the host's memory: reading them waits for nothing.
+"""
+
+import ctypes
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from unimega.kernels import permute as definition
+from unimega.kernels.expert_order import ExpertOrder
+from unimega.kernels.precision import widen
+
+
+def permute(x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+    """See ``unimega.kernels.permute``."""
+    return _Permute.apply(x, order)
+
+
+def unpermute(y: torch.Tensor, weights: torch.Tensor | None, order: ExpertOrder) -> torch.Tensor:
+    """See ``unimega.kernels.permute``."""
+    return _Unpermute.apply(y, weights, order)
+
+
+def grouped_gemm(x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """See ``unimega.kernels.grouped_gemm``."""
+    return _GroupedGemm.apply(x, weights, offsets)
+
+
+def expert_ffn(
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, order: ExpertOrder
+) -> torch.Tensor:
+    """See ``unimega.kernels.expert_ffn``."""
+    return _ExpertFFN.apply(x, gate_up, down, weights, order)
+
+
+def _borders(offsets: torch.Tensor) -> list[int]:
+    """The numbers of a contiguous int32 tensor on a CPU."""
+    return (ctypes.c_int32 * offsets.numel()).from_address(offsets.data_ptr())[:]
+
+
+def _runs(offsets: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows)."""
+    for expert, (start, stop) in enumerate(itertools.pairwise(_borders(offsets))):
+        yield expert, slice(start, stop)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+        ctx.order = order
+        y = x.index_select(0, order.source // order.place.shape[1])
+        y[_borders(order.offsets)[-1] :] = 0.0
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _sum(dy, None, ctx.order), None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, weights: torch.Tensor | None, order: ExpertOrder) -> torch.Tensor:
+        ctx.order = order
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, weights)
+        if weights is None or weights.dtype == y.dtype:
+            return _sum(y, weights, order)
+        return definition.gather(y, weights, order)  # embedding_bag would round the weights to 16 bits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y, weights = ctx.saved_tensors
+        dy = definition.spread(dout, weights, ctx.order) if ctx.needs_input_grad[0] else None
+        return dy, None if y is None else definition.weight_grad(dout, y, ctx.order).to(weights.dtype), None
+
+
+def _sum(y: torch.Tensor, weights: torch.Tensor | None, order: ExpertOrder) -> torch.Tensor:
+    """Weighted sum of the rows of each token: one pass of ``embedding_bag``, which adds in fp32."""
+    place, real = order.place, _borders(order.offsets)[-1]
+    if real < place.numel():
+        y, place = torch.cat((y[:real], y.new_zeros(1, y.shape[1]))), place.clamp(max=real)
+    if not place.numel():
+        return y.new_zeros(len(place), y.shape[1])
+    return F.embedding_bag(place, y.contiguous(), mode="sum", per_sample_weights=weights)
+
+
+class _GroupedGemm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weights, offsets)
+        return _multiply(x, weights.transpose(1, 2), offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weights, offsets = ctx.saved_tensors
+        dx = _multiply(dy, weights, offsets) if ctx.needs_input_grad[0] else None
+        if x is None:
+            return dx, None, None
+        d_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
+        for expert, rows in _runs(offsets):
+            torch.mm(dy[rows].t(), x[rows], out=d_weights[expert])
+        return dx, d_weights, None
+
+
+def _multiply(x: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    y = x.new_empty(x.shape[0], matrices.shape[2])
+    for expert, rows in _runs(offsets):
+        torch.mm(x[rows], matrices[expert], out=y[rows])
+    y[_borders(offsets)[-1] :] = 0.0
+    return y
+
+
+class _ExpertFFN(torch.autograd.Function):
+    """The weights of the slots multiply the rows between the GEMMs: what comes out only has to be added."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        weights: torch.Tensor,
+        order: ExpertOrder,
+    ) -> torch.Tensor:
+        tokens, chances = order.source // order.place.shape[1], _by_row(weights, order)
+        both = x.new_empty(len(tokens), gate_up.shape[1])
+        y = x.new_empty(len(tokens), x.shape[1])
+        for expert, rows in _runs(order.offsets):
+            torch.mm(x.index_select(0, tokens[rows]), gate_up[expert].t(), out=both[rows])
+            gate, up = (widen(half) for half in both[rows].chunk(2, dim=1))
+            hidden = F.silu(gate).mul_(up).mul_(chances[rows]).to(x.dtype)
+            torch.mm(hidden, down[expert].t(), out=y[rows])
+        ctx.order = order
+        ctx.save_for_backward(x, both, gate_up, down, weights)
+        return _sum(y, None, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, both, gate_up, down, weights = ctx.saved_tensors
+        order: ExpertOrder = ctx.order
+        need_x, need_gate_up, need_down, need_weights, _ = ctx.needs_input_grad
+        tokens, chances = order.source // order.place.shape[1], _by_row(weights, order)
+        dx = x.new_empty(len(tokens), x.shape[1]) if need_x else None
+        d_gate_up, d_down = (
+            torch.empty_like(t, memory_format=torch.contiguous_format) if needed else None
+            for t, needed in ((gate_up, need_gate_up), (down, need_down))
+        )
+        d_chances = chances.new_zeros(len(tokens)) if need_weights else None
+        for expert, rows in _runs(order.offsets):
+            d = dout.index_select(0, tokens[rows])
+            gate, up = (widen(half) for half in both[rows].chunk(2, dim=1))
+            silu, chance = F.silu(gate), chances[rows]
+            hidden = silu * up
+            if d_down is not None:
+                torch.mm(d.t(), (hidden * chance).to(x.dtype), out=d_down[expert])
+            d_hidden = widen(torch.mm(d, down[expert]))
+            if d_chances is not None:
+                torch.sum(hidden.mul_(d_hidden), dim=1, out=d_chances[rows])
+            if dx is None and d_gate_up is None:
+                continue
+            d_hidden = d_hidden * chance
+            d_gate = torch.ops.aten.silu_backward(up * d_hidden, gate)
+            d_both = torch.cat((d_gate, d_hidden.mul_(silu)), dim=1).to(x.dtype)
+            if d_gate_up is not None:
+                torch.mm(d_both.t(), x.index_select(0, tokens[rows]), out=d_gate_up[expert])
+            if dx is not None:
+                torch.mm(d_both, gate_up[expert], out=dx[rows])
+        return (
+            None if dx is None else _sum(dx, None, order),
+            d_gate_up,
+            d_down,
+            None if d_chances is None else _by_slot(d_chances, order).to(weights.dtype),
+            None,
+        )
+
+
+def _by_row(weights: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+    """Weights of slots in expert-major order, [N, 1]."""
+    return weights.reshape(-1).index_select(0, order.source)[:, None]
+
+
+def _by_slot(rows: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+    """Numbers of rows at their slots, [t, k]."""
+    return rows.index_select(0, order.place.reshape(-1)).view(order.place.shape)

@@ -1,0 +1,95 @@
+"""Top-k routing: the k best experts of every token, and what each contributes.
+
+``topk_routing(logits, *, k, score="softmax", bias=None, normalize=True, scale=1.0, groups=1, group_topk=1, rows=None)``
+``-> (weights, experts)``
+
+logits: [t, E], any float dtype, one row a token. weights: [t, k] fp32, experts: [t, k] int32, best expert first.
+score: ``softmax`` over all E experts, or ``sigmoid`` of each.
+bias: [E] fp32, added to the scores for the choice alone (DeepSeek's balancing); no gradient.
+normalize: weights are divided by their sum (for ``sigmoid`` by sum + 1e-20). Then they are multiplied with ``scale``.
+groups, group_topk: host ints; E is cut into ``groups`` equal runs and only experts of the ``group_topk`` best groups
+may be chosen. A group is worth its best score (``softmax``, DeepSeek-V2) or the sum of its two best (``sigmoid``, V3),
+with the bias added. group_topk x E / groups must be at least k.
+rows: host int; rows from there on are pads: expert E (none) and weight 0. None: there are no pads.
+
+The choice is made in fp32. Ties go to the lowest expert, among groups too. Experts with a logit of -inf are never
+chosen as long as k others may be; k different experts are chosen in any case.
+Gradient: to logits, through weights alone. Nothing is read by the host.
+Bytes, forward: t (E itemsize + 8 k); backward as much.
+"""
+
+import torch
+
+from unimega.kernels import registry
+from unimega.kernels.precision import widen
+
+SCORES = ("softmax", "sigmoid")
+
+
+def reference(
+    logits: torch.Tensor,
+    *,
+    k: int,
+    score: str = "softmax",
+    bias: torch.Tensor | None = None,
+    normalize: bool = True,
+    scale: float = 1.0,
+    groups: int = 1,
+    group_topk: int = 1,
+    rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the module: the definition in plain torch."""
+    check(logits, k, score, groups, group_topk)
+    real = widen(logits if rows is None else logits[:rows])
+    scores = real.softmax(dim=1) if score == "softmax" else real.sigmoid()
+    with torch.no_grad():
+        # Softmax keeps the order of its logits, and rounds neighbours of them together.
+        keys = real if score == "softmax" and bias is None else scores
+        if bias is not None:
+            keys = keys + bias
+        keys = keys.float().masked_fill(real == -torch.inf, -torch.inf)
+        if groups > 1:
+            keys = _limit_groups(keys, groups, group_topk, 2 if score == "sigmoid" else 1)
+        experts = _best(keys, k)
+    weights = scores.gather(1, experts)
+    if normalize:
+        total = weights.sum(dim=1, keepdim=True)
+        weights = weights / (total + 1e-20 if score == "sigmoid" else total)
+    if scale != 1.0:
+        weights = weights * scale
+    pads = logits.shape[0] - real.shape[0]
+    if pads:
+        weights = torch.cat((weights, weights.new_zeros(pads, k)))
+        experts = torch.cat((experts, experts.new_full((pads, k), logits.shape[1])))
+    return weights, experts.int()
+
+
+def check(logits: torch.Tensor, k: int, score: str, groups: int, group_topk: int) -> None:
+    """Raise ValueError for a call that no implementation can do."""
+    experts = logits.shape[1]
+    if score not in SCORES:
+        raise ValueError(f"score={score!r} is not one of {', '.join(SCORES)}")
+    if not 1 <= groups <= experts or experts % groups or not 1 <= group_topk <= groups:
+        raise ValueError(f"{groups} groups, {group_topk} of them open, do not fit {experts} experts")
+    if not 1 <= k <= (group_topk if groups > 1 else groups) * (experts // groups):
+        raise ValueError(f"k={k} experts cannot be chosen of {experts} in {groups} groups, {group_topk} of them open")
+
+
+def _limit_groups(keys: torch.Tensor, groups: int, group_topk: int, best: int) -> torch.Tensor:
+    """``keys`` with -inf for experts outside of the best groups."""
+    size = keys.shape[1] // groups
+    worth = keys.view(-1, groups, size).topk(min(best, size), dim=2).values.sum(dim=2)
+    closed = torch.ones_like(worth, dtype=torch.bool).scatter_(1, _best(worth, group_topk), False)
+    return keys.view(-1, groups, size).masked_fill(closed[:, :, None], -torch.inf).view_as(keys)
+
+
+def _best(keys: torch.Tensor, k: int) -> torch.Tensor:
+    """Numbers of the k largest of each row of fp32, ties to the lowest: no two packed integers are equal."""
+    last = keys.shape[1] - 1
+    bits = (keys + 0.0).view(torch.int32)  # -0 becomes 0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    packed = (ordered.long() << 32) + torch.arange(last, -1, -1, device=keys.device)
+    return last - (packed.topk(k, dim=1).values & 0xFFFFFFFF)
+
+
+registry.declare("topk_routing", registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE))
