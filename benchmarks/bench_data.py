@@ -1,4 +1,4 @@
-"""python benchmarks/bench_data.py [--only PART ...] [--folder DIR] [--output FILE] [--quick]
+"""python benchmarks/bench_data.py [--only PART ...] [--folder DIR] [--megatron PATH] [--output FILE] [--quick]
 
 Measure the data path beside megatron-core's and Hugging Face's, in one run: a JSON line for each part and contestant.
 Seconds are processor seconds, the least of three; contestants take turns, so that what else a machine does falls on
@@ -20,7 +20,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from data_parts import PARTS
+from data_parts import PARTS, Settings
 
 from unimega.data import native
 from unimega.errors import run_cli
@@ -63,16 +63,20 @@ def main(argv: Sequence[str]) -> None:
     """Run the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=sorted(PARTS), default=list(PARTS))
-    parser.add_argument("--folder", help="where the corpora are written, 1.5 GB; absent: a temporary folder")
+    parser.add_argument(
+        "--folder", help="where the corpora are written, 1 GB, and found again; absent: a temporary folder"
+    )
+    parser.add_argument("--megatron", default="", help="a checkout of Megatron-LM, to preprocess beside its tool")
     parser.add_argument("--output", help="append the lines to this file as well")
     parser.add_argument("--quick", action="store_true", help="a tenth of the documents: to see that it runs")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        settings = Settings(folder, options.quick, options.megatron)
         for part in options.only:
-            for record in PARTS[part](folder, options.quick):
-                line = json.dumps(record | environment())
+            for record in PARTS[part](settings):
+                line = json.dumps(environment() | record)
                 print(line, flush=True)
                 if options.output:
                     with Path(options.output).open("a", encoding="utf-8") as file:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,22 @@ from unimega.data.corpus import Source
 from unimega.data.loader import Place, step_batches
 from unimega.data.plan import DataPlan, Recipe
 from unimega.data.reader import IndexedCorpus
+from unimega.errors import UnimegaError
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of the benchmark was asked for."""
+
+    folder: Path
+    """Where corpora are written, and found again."""
+    quick: bool = False
+    megatron: str = ""
+    """A checkout of Megatron-LM, for preprocessing."""
+
+
 ROUNDS = 3
 PACK_LENGTH = 10_240
 
@@ -38,9 +53,9 @@ def best(runs: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[st
     return seconds
 
 
-def packing_part(_: Path, quick: bool) -> Iterator[Record]:
+def packing_part(settings: Settings) -> Iterator[Record]:
     """Whole documents into packs of 10,240, those that are longer dropped and counted."""
-    count = 100_000 if quick else 1_000_000
+    count = 100_000 if settings.quick else 1_000_000
     for name in mixes.SHARES:
         lengths = mixes.mix(name, count).assembled()
         fits = lengths[lengths <= PACK_LENGTH]
@@ -77,10 +92,10 @@ def packing_part(_: Path, quick: bool) -> Iterator[Record]:
             }
 
 
-def index_part(folder: Path, quick: bool) -> Iterator[Record]:
+def index_part(settings: Settings) -> Iterator[Record]:
     """An index of ten million documents: opened, then checked; each in a process of its own."""
-    count = 1_000_000 if quick else 10_000_000
-    prefix = folder / "many"
+    count = 1_000_000 if settings.quick else 10_000_000
+    prefix = settings.folder / "many"
     if not Path(f"{prefix}.idx").exists():
         draw = np.random.default_rng(0)
         lengths = draw.integers(1, 200, count).astype(np.int32)
@@ -95,9 +110,9 @@ def index_part(folder: Path, quick: bool) -> Iterator[Record]:
         yield {"part": "index", "contestant": contestant, "documents": count, **fastest}
 
 
-def reads_part(folder: Path, quick: bool) -> Iterator[Record]:
+def reads_part(settings: Settings) -> Iterator[Record]:
     """One sequence at a time, at random, from a warm cache."""
-    prefix = _corpus(folder, quick)
+    prefix = _corpus(settings)
     ours = IndexedCorpus(prefix)
     picks = np.random.default_rng(1).integers(0, ours.sequences, 20_000).tolist()
     theirs = _indexed_dataset(prefix, multimodal=True)
@@ -105,7 +120,7 @@ def reads_part(folder: Path, quick: bool) -> Iterator[Record]:
         "ours": lambda: [ours.sequence(number) for number in picks],
         "IndexedDataset": lambda: [theirs.get(number) for number in picks],
     }
-    rows = _arrow(folder, [ours.sequence(number) for number in range(min(ours.sequences, 20_000))])
+    rows = _arrow(settings.folder, [ours.sequence(number) for number in range(min(ours.sequences, 20_000))])
     if rows is None:
         yield {"part": "reads", "contestant": "datasets", "skipped": "pip install datasets"}
     else:
@@ -116,12 +131,12 @@ def reads_part(folder: Path, quick: bool) -> Iterator[Record]:
         yield {"part": "reads", "contestant": contestant, "reads": len(picks), "us_per_read": microseconds}
 
 
-def loader_part(folder: Path, quick: bool) -> Iterator[Record]:
+def loader_part(settings: Settings) -> Iterator[Record]:
     """Micro-batches of one rank, one pack each, from a warm cache; in one thread, which is the loader's own work."""
-    prefix = _corpus(folder, quick)
-    tokens = (1 << 21) if quick else 20_480_000
-    documents = mixes.mix("A", _documents(quick), seed=3).assembled()
-    plain = mixes.write_plain(folder / "plain", documents)
+    prefix = _corpus(settings)
+    tokens = (1 << 21) if settings.quick else 20_480_000
+    documents = mixes.mix("A", _documents(settings), seed=3).assembled()
+    plain = mixes.write_plain(settings.folder / "plain", documents)
     for length in (2_176, PACK_LENGTH, 20_480):
         count = tokens // length
         runs: dict[str, Callable[[], Any]] = {}
@@ -130,8 +145,8 @@ def loader_part(folder: Path, quick: bool) -> Iterator[Record]:
                 continue
             runs[f"ours, {name}"] = _ours(prefix, length, count, helper)
         for name, resets in (("GPTDataset", False), ("GPTDataset, document resets", True)):
-            runs[name] = _gpt_dataset(folder, plain, length, count, resets=resets)
-        rows = _arrow(folder, _documents_of(plain, 5_000))
+            runs[name] = _gpt_dataset(settings.folder, plain, length, count, resets=resets)
+        rows = _arrow(settings.folder, _documents_of(plain, 5_000))
         if rows is None:
             yield {"part": "loader", "contestant": "datasets, rows of ids", "skipped": "pip install datasets"}
         else:
@@ -147,9 +162,9 @@ def loader_part(folder: Path, quick: bool) -> Iterator[Record]:
             }
 
 
-def plan_part(folder: Path, quick: bool) -> Iterator[Record]:
+def plan_part(settings: Settings) -> Iterator[Record]:
     """Opening, planning and packing of one window of 2^28 tokens."""
-    prefix = _corpus(folder, quick)
+    prefix = _corpus(settings)
     helper = native.helper
     planned: dict[str, DataPlan] = {}
 
@@ -173,24 +188,38 @@ def plan_part(folder: Path, quick: bool) -> Iterator[Record]:
         }
 
 
-PARTS: dict[str, Callable[[Path, bool], Iterator[Record]]] = {
+def preprocess_part(settings: Settings) -> Iterator[Record]:
+    """Plain text to ids beside Megatron-LM's tool: bench_preprocess.py, which has more options of its own."""
+    command = [sys.executable, str(Path(__file__).parent / "bench_preprocess.py")]
+    command += ["--megatron", settings.megatron] if settings.megatron else []
+    command += ["--mb", "4", "--slow-mb", "2", "--rounds", "1", "--memory-mb"] if settings.quick else []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            yield {"part": "preprocess", **json.loads(line)}
+    if running.returncode:
+        raise UnimegaError("bench_preprocess.py failed; its own line is above.")
+
+
+PARTS: dict[str, Callable[[Settings], Iterator[Record]]] = {
     "packing": packing_part,
     "plan": plan_part,
     "index": index_part,
     "reads": reads_part,
     "loader": loader_part,
+    "preprocess": preprocess_part,
 }
 
 
-def _documents(quick: bool) -> int:
-    return 6_000 if quick else 60_000
+def _documents(settings: Settings) -> int:
+    return 6_000 if settings.quick else 60_000
 
 
-def _corpus(folder: Path, quick: bool) -> Path:
+def _corpus(settings: Settings) -> Path:
     """Mix A on disk, written once."""
-    prefix = folder / "mix"
+    prefix = settings.folder / "mix"
     if not Path(f"{prefix}.idx").exists():
-        mixes.write(prefix, mixes.mix("A", _documents(quick), seed=3))
+        mixes.write(prefix, mixes.mix("A", _documents(settings), seed=3))
     return prefix
 
 

@@ -106,7 +106,8 @@ def with_separators(folder):
     vocabulary = replace(VOCABULARY, ids=((), (PAD, BOI)))
     special = facts()["tokenizer"]["special"] | {"pad": EOS, "vision_pad": PAD}
     tokenizer = facts()["tokenizer"] | {"special": special}
-    path = write(folder / "rows", random_documents(80, 2, kinds="pi"), tokenizer=tokenizer)
+    last = pair([8], [31] * 16)  # a separator behind the last code of `.bin`
+    path = write(folder / "rows", [*random_documents(80, 2, kinds="pi"), last], tokenizer=tokenizer)
     return {
         n: DataPlan(
             [Source(path=path)],

@@ -84,15 +84,6 @@ def test_packing_closes_the_fullest_of_the_open():
     assert found == [[1], [2], [0, 4], [3]]
 
 
-def test_packing_fills_the_mix_of_the_benchmark():
-    draw = np.random.default_rng(0)
-    text = np.clip(draw.lognormal(np.log(420), 1.15, 40_000), 16, 10_240).astype(np.int64)
-    pairs = np.clip(draw.lognormal(np.log(45), 0.75, 40_000), 4, 400).astype(np.int64) + 1036
-    mixed = draw.permutation(np.concatenate([text, pairs]))
-    packs = best_fit(mixed, 10_240)
-    assert mixed.sum() / (packs.num_packs * 10_240) > 0.998
-
-
 def test_packing_refuses_what_cannot_fit():
     with pytest.raises(ValueError, match=r"item 1 has length 51, which does not lie in 1..50"):
         best_fit(np.asarray([3, 51], dtype=np.int64), 50)
