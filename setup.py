@@ -14,13 +14,13 @@ def extensions() -> list[Extension]:
     try:
         import pybind11
     except ImportError:
-        print("unimega: pybind11 is not installed, csrc/data_index.cpp is left out", file=sys.stderr)
+        print("unimega: pybind11 is not installed, csrc/*.cpp is left out", file=sys.stderr)
         return []
     flags = ["/std:c++17", "/O2"] if sys.platform == "win32" else ["-std=c++17", "-O3", "-fvisibility=hidden"]
     return [
         Extension(
             "unimega._data_index",
-            sources=["csrc/data_index.cpp"],
+            sources=["csrc/data_index.cpp", "csrc/routing.cpp"],
             include_dirs=[pybind11.get_include()],
             extra_compile_args=flags,
             language="c++",

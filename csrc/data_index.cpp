@@ -431,6 +431,8 @@ py::object collate(const py::list& elements, const Array<std::int32_t>& literals
 
 }  // namespace
 
+void add_routing(py::module_& module);  // routing.cpp
+
 PYBIND11_MODULE(_data_index, module) {
     module.doc() = "C++ twins of unimega.data.packing.best_fit, unimega.data.order.permute and unimega.data.rows.rows.";
     module.attr("version") = 3;  // unimega/data/native.py takes no other
@@ -443,4 +445,5 @@ PYBIND11_MODULE(_data_index, module) {
                py::arg("vision_ids"), py::arg("text_limit"), py::arg("offset"), py::arg("codebook"), py::arg("pad"),
                py::arg("row_separator"), py::arg("separator"), py::arg("cross_document"),
                "The arrays of a micro-batch, in the order of unimega.data.rows.Rows; None: an id is not of its modality.");
+    add_routing(module);
 }

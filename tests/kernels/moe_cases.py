@@ -93,6 +93,7 @@ def choices(tokens: int, k: int, experts: int, kind: str) -> torch.Tensor:
         chosen[tokens - max(1, tokens // 3) :] = experts
     if kind == "dropped slots":
         chosen[::3, k - 1] = experts
+        chosen[1::6, 0] = -1  # any number that is no expert
     if kind == "no token":
         chosen[:] = experts
     return chosen

@@ -41,7 +41,7 @@ def reference(
     """See the module: the definition in plain torch."""
     check(logits, k, score, groups, group_topk)
     real = widen(logits if rows is None else logits[:rows])
-    scores = real.softmax(dim=1) if score == "softmax" else real.sigmoid()
+    scores = score_all(real, score)
     with torch.no_grad():
         # Softmax keeps the order of its logits, and rounds neighbours of them together.
         keys = real if score == "softmax" and bias is None else scores
@@ -51,17 +51,29 @@ def reference(
         if groups > 1:
             keys = _limit_groups(keys, groups, group_topk, 2 if score == "sigmoid" else 1)
         experts = _best(keys, k)
-    weights = scores.gather(1, experts)
+    return weigh(scores, experts, score=score, normalize=normalize, scale=scale, pads=len(logits) - len(real))
+
+
+def score_all(logits: torch.Tensor, score: str) -> torch.Tensor:
+    """Scores of all experts from logits in fp32 (or fp64)."""
+    return logits.softmax(dim=1) if score == "softmax" else logits.sigmoid()
+
+
+def weigh(
+    scores: torch.Tensor, chosen: torch.Tensor, *, score: str, normalize: bool, scale: float, pads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights, and experts as int32, of a choice [rows, k] int64; ``pads`` rows without an expert come behind."""
+    weights = scores.gather(1, chosen)
     if normalize:
         total = weights.sum(dim=1, keepdim=True)
         weights = weights / (total + 1e-20 if score == "sigmoid" else total)
     if scale != 1.0:
         weights = weights * scale
-    pads = logits.shape[0] - real.shape[0]
     if pads:
-        weights = torch.cat((weights, weights.new_zeros(pads, k)))
-        experts = torch.cat((experts, experts.new_full((pads, k), logits.shape[1])))
-    return weights, experts.int()
+        width = chosen.shape[1]
+        weights = torch.cat((weights, weights.new_zeros(pads, width)))
+        chosen = torch.cat((chosen, chosen.new_full((pads, width), scores.shape[1])))
+    return weights, chosen.int()
 
 
 def check(logits: torch.Tensor, k: int, score: str, groups: int, group_topk: int) -> None:
@@ -92,4 +104,8 @@ def _best(keys: torch.Tensor, k: int) -> torch.Tensor:
     return last - (packed.topk(k, dim=1).values & 0xFFFFFFFF)
 
 
-registry.declare("topk_routing", registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE))
+registry.declare(
+    "topk_routing",
+    registry.npu("topk_routing:topk_routing", "npu_moe_gating_top_k", only_named=True),
+    registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
+)
