@@ -99,8 +99,7 @@ def test_no_ascii_pair_or_triple_is_cut_otherwise(made):
 
 
 def test_a_long_corpus(made, monkeypatch):
-    """Past the borders: batches of gigatoken, a table that is emptied, a tokenizer that is loaded anew."""
-    monkeypatch.setattr(giga, "_ONE_BY_ONE_CHARACTERS", 2000)
+    """Past the borders: a table that is emptied, a tokenizer that is loaded anew."""
     monkeypatch.setattr(giga, "_LOOK_EVERY_CHARACTERS", 300)
     monkeypatch.setattr(giga, "_BEGIN_AGAIN_BYTES", -(1 << 40))
     monkeypatch.setattr(words, "_MOST_WORDS", 50)
