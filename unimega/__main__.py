@@ -36,7 +36,8 @@ def doctor() -> None:
     devices = tuple(dict.fromkeys((torch.device(here.device.type), torch.device("cpu"))))
     table = [("op", "implementation", "device", "")]
     for row in kernels.registry.rows(devices):
-        table.append((row.op, row.impl, row.device, row.reason or ("chosen by auto" if row.chosen else "available")))
+        state = row.reason or ("chosen by auto" if row.chosen else "available")
+        table.append((row.op, row.impl, row.device, f"{state} ({row.note})" if row.note else state))
     for line in _columns(table):
         print(line)
 

@@ -26,5 +26,6 @@ def reference(
 registry.declare(
     "add_rms_norm",
     registry.triton("rms_norm:add_rms_norm"),
+    registry.npu("elementwise:add_rms_norm", "npu_rms_norm"),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

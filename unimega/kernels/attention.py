@@ -195,5 +195,6 @@ def _batches(sizes: np.ndarray) -> tuple[tuple[int, int], ...]:
 registry.declare(
     "attention",
     registry.triton("attention:attention"),
+    registry.npu("attention:attention", "npu_fusion_attention"),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -30,3 +31,15 @@ def triton(device: torch.device) -> str | None:
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
         return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
     return None
+
+
+def npu(*operators: str) -> Callable[[torch.device], str | None]:
+    """The ``why_not`` of an implementation that calls these operators of torch-npu; versions have different ones."""
+
+    def why_not(device: torch.device) -> str | None:
+        if (reason := missing("torch_npu")) is not None:
+            return reason.replace("torch_npu", "torch-npu")
+        absent = [name for name in operators if not hasattr(torch.ops.npu, name)]
+        return f"this torch-npu has no {', '.join(absent)}" if absent else None
+
+    return why_not

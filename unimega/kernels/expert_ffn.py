@@ -32,5 +32,8 @@ def reference(
 registry.declare(
     "expert_ffn",
     registry.Impl("cpu", "unimega.kernels.cpu:expert_ffn", frozenset({"cpu"})),
+    registry.npu(
+        "experts:expert_ffn", "npu_grouped_matmul", "npu_swiglu", "npu_moe_token_permute", "npu_moe_token_unpermute"
+    ),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

@@ -75,5 +75,6 @@ def _multiply(x: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) ->
 registry.declare(
     "grouped_gemm",
     registry.Impl("cpu", "unimega.kernels.cpu:grouped_gemm", frozenset({"cpu"})),
+    registry.npu("experts:grouped_gemm", "npu_grouped_matmul"),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

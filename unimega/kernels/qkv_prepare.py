@@ -160,5 +160,6 @@ def _reorder(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 registry.declare(
     "qkv_prepare",
     registry.triton("qkv_prepare:qkv_prepare"),
+    registry.npu("qkv_prepare:qkv_prepare", "npu_rms_norm", "npu_rms_norm_backward", "npu_rotary_mul"),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

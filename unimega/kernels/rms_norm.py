@@ -70,5 +70,6 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
 registry.declare(
     "rms_norm",
     registry.triton("rms_norm:rms_norm"),
+    registry.npu("elementwise:rms_norm", "npu_rms_norm"),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

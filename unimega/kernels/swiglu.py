@@ -47,5 +47,6 @@ class _SwiGLU(torch.autograd.Function):
 registry.declare(
     "swiglu",
     registry.triton("swiglu:swiglu"),
+    registry.npu("elementwise:swiglu", "npu_swiglu"),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )
