@@ -237,10 +237,15 @@ def _make(file: JobFile, arguments: argparse.Namespace, folder: str) -> Job:
         max_bad_share=file.output.max_bad_share if share is None else share,
         row_mb=file.limits.row_mb,
         task_mb=file.limits.task_mb,
-        workers=len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers,
+        workers=_cores() if arguments.workers is None else arguments.workers,
         validate=arguments.validate,
         overwrite=arguments.overwrite,
     )
+
+
+def _cores() -> int:
+    """Cores that this process may use, which in a container are fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _image_tokenizer(given: str, folder: str) -> Callable[[], ImageTokenizer] | None:

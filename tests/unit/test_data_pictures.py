@@ -84,6 +84,21 @@ def test_pictures_beside_their_rows(tmp_path, tokenizer):
         convert(tmp_path, tokenizer, jsonl(rows), **values, codes_per_image=(9,))
 
 
+def test_pictures_in_parquet(tmp_path, tokenizer):
+    """As datasets writes them: a structure of bytes and path, and turns as lists of structures."""
+    arrow = pytest.importorskip("pyarrow", reason="pip install 'unimega[data]'")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a bus"}]
+    rows = [
+        {"image": {"bytes": png((shade,) * 3), "path": None}, "conversations": turns, "id": number}
+        for number, shade in enumerate((0, 80, 248))
+    ]
+    out = io.BytesIO()
+    pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist(rows), out)
+    found, _ = convert(tmp_path, tokenizer, out.getvalue(), image_tokenizer=Means, workers=2)
+    assert [[mode for mode, _ in document] for document in found] == [[0x09, 0x28, 0x30]] * 3
+    assert [document[0][1] for document in found] == [[0] * 4, [10] * 4, [31] * 4]
+
+
 def test_decoding():
     white_where_clear = images.decode(png((255, 0, 0, 0), mode="RGBA"))
     assert white_where_clear.shape == (4, 6, 3) and (white_where_clear == 255).all()

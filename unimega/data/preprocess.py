@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from unimega import log
 from unimega.data.preparing import pool
 from unimega.data.preparing.job import Job
 from unimega.data.preparing.merge import merge, too_many, write_entries
@@ -17,6 +18,7 @@ from unimega.data.preparing.work import Work
 from unimega.data.tokenize import TextTokenizer
 from unimega.errors import DataError
 
+_log = log.get(__name__)
 _JUDGED_FROM = 1000
 """Rows after which a job may stop for its share of bad ones; the whole is judged at the end."""
 _CHUNK = 1 << 20
@@ -65,6 +67,9 @@ def preprocess(job: Job, progress: Callable[[Progress], None] = lambda _: None) 
         else:
             pool.run(plan, tasks, watch.report, tick=watch.tick)
         _refuse_changed(plan)
+        for number, file in enumerate(plan.files):
+            if work.blocks(number) == 0:
+                _log.warning("%s: empty, no rows", file.shown)
         watch.phase = "merging"
         sidecar = merge(plan, work, tick=watch.tick)
         watch.finish()
