@@ -82,6 +82,12 @@ def test_an_image_stored_before_its_caption_is_a_pair_too(tmp_path):
     assert only(plan)[0] == [8, 9, BOI, *CODES, EOI, EOS]
 
 
+def test_a_caption_that_holds_eos_does_not_end_the_document(tmp_path):
+    document = list(reversed(pair([8, EOS], IMAGE)))
+    plan = plan_of(tmp_path, [document], direction="t2i", unconditional_ratio=0.0)
+    assert only(plan)[0] == [8, EOS, BOI, *CODES, EOI, EOS]
+
+
 def test_text_and_interleaved(tmp_path):
     document = [(layout.MODE_TEXT, [8]), (layout.MODE_IMAGE, IMAGE), (layout.MODE_IMAGE, [1]), (layout.MODE_TEXT, [9])]
     ids, targets = only(plan_of(tmp_path, [document]))

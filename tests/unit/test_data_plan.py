@@ -2,6 +2,7 @@
 
 import collections
 import json
+import logging
 import time
 
 import numpy as np
@@ -213,7 +214,8 @@ def test_evaluation_shows_everything_once_and_then_pads(corpora):
     assert beyond.targets == (0, 0) and beyond.denominator == 0.0 and not beyond.microbatches[0].loss_weights.any()
 
 
-def test_over_long_documents(tmp_path):
+def test_over_long_documents(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="unimega.data.plan")
     documents = [[(layout.MODE_TEXT, [FIRST_WORD + n % 9] * n)] for n in (10, 96, 95, 30)]
     prefix = write(tmp_path / "a", documents)
     with pytest.raises(
@@ -226,7 +228,12 @@ def test_over_long_documents(tmp_path):
     drawn = collections.Counter(plan.corpora[0].stream(1, 0, cursor.documents)[1].tolist())
     assert cursor.dropped == 97 * drawn[1] and cursor.tokens == window.length.sum() >= 1 << 12
     assert cursor.tokens == sum((plan.pack(n).document > 0).sum() for n in range(window.next_pack))
-    assert "dropped" in plan.describe() and 1 not in window.document
+    assert 1 not in window.document
+    plan.pack(window.next_pack)
+    told = [record.getMessage() for record in caplog.records if "longer than a pack left out" in record.getMessage()]
+    left_out = f"{cursor.dropped} tokens in documents longer than a pack left out, 0 cuts in such texts"
+    assert told[0] == f"a, packs 0 to {window.next_pack}: {left_out}"
+    assert len(told) == 2, "each window tells"
     whole = DataPlan([Source(path=prefix)], VOCABULARY, recipe(overlong="drop"), evaluation=True)
     assert sorted(whole.window_of(0).document.tolist()) == [0, 2, 3]
     image = write(tmp_path / "image", [pair([8], [0] * 95)])
@@ -243,7 +250,8 @@ def spans(plan):
     return sorted(zip(window.document.tolist(), window.begin.tolist(), window.length.tolist(), strict=True))
 
 
-def test_texts_are_split_and_images_are_not(tmp_path):
+def test_texts_are_split_and_images_are_not(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="unimega.data.plan")
     image = (layout.MODE_IMAGE, [1] * 30)
     documents = [
         [(layout.MODE_TEXT, [FIRST_WORD + n % 9 for n in range(200)])],
@@ -265,7 +273,8 @@ def test_texts_are_split_and_images_are_not(tmp_path):
     assert found[5:7] == [(2, 0, 96), (2, 96, 33)], "a cut between two images"
     assert found[7:9] == [(3, 0, 96), (3, 96, 47)] and found[9] == (4, 0, 31)
     (cursor,) = plan.window_of(0).after
-    assert cursor.splits == 5 and cursor.dropped == 0 and "5 cuts in documents longer than a pack" in plan.describe()
+    assert cursor.splits == 5 and cursor.dropped == 0
+    assert "0 tokens in documents longer than a pack left out, 5 cuts in such texts" in caplog.text
     seen = {}
     for number in range(plan.num_packs):
         pack = plan.pack(number)

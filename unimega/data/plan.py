@@ -117,6 +117,7 @@ class DataPlan:
         self._start(0, 0, [Cursor()] * len(self.corpora))
         if evaluation:
             self._windows[0] = self.mixture.epoch()
+            self._report_overlong(self._windows[0], self._cursors[0])
         _log.info("%s", self.describe())
 
     @property
@@ -249,9 +250,7 @@ class DataPlan:
         )
         if self.mixture.epoch_tokens and not self.evaluation:
             line += f", all epochs take {self.packs_of_epochs()} packs"
-        dropped, splits = (sum(getattr(cursor, name) for cursor in window.after) for name in ("dropped", "splits"))
-        line += f", {dropped} tokens dropped (longer than a pack)" if dropped else ""
-        return line + (f", {splits} cuts in documents longer than a pack" if splits else "")
+        return line
 
     def packs_of_epochs(self) -> int | None:
         """About how many packs hold the epochs that the sources ask for; None where they have weights instead."""
@@ -313,10 +312,24 @@ class DataPlan:
             for old in sorted(self._windows)[:-1]:  # a prefetching thread runs ahead: two windows are in use at most
                 del self._windows[old]
             self._windows[number] = window
+            self._report_overlong(window, self._cursors[at])
         if at + 1 == len(self._first_packs):
             self._first_packs.append(window.next_pack)
             self._cursors.append(window.after)
         return window
+
+    def _report_overlong(self, window: Window, before: Sequence[Cursor]) -> None:
+        """What the policy did to this window: nothing is left out in silence."""
+        for corpus, old, new in zip(self.corpora, before, window.after, strict=True):
+            if new.dropped > old.dropped or new.splits > old.splits:
+                _log.info(
+                    "%s, packs %d to %d: %d tokens in documents longer than a pack left out, %d cuts in such texts",
+                    corpus.name,
+                    window.first_pack,
+                    window.next_pack,
+                    new.dropped - old.dropped,
+                    new.splits - old.splits,
+                )
 
     def _tokenizer(self) -> TextTokenizer | None:
         """The one that the recipe names; where prompts need one, else the one that a corpus was written with."""
