@@ -22,7 +22,7 @@ that are needed; saved for backward: dx [n, D] and dW [v, D] in fp32. Under ``no
 Operations: 2 n v D for the loss, 4 n v D for the gradients. Collectives: one all-gather of [3, rows] fp32 a chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,10 +34,12 @@ from unimega.kernels.precision import widen
 
 _LOGITS_BYTES = 64 * 2**20
 _FEWEST_ROWS = 512
+_SLICE_ELEMENTS = 2**21
 
 Statistics = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
 Gradient = Callable[[torch.Tensor, Any, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
-Passes = tuple[Statistics, Gradient, dist.ProcessGroup | None, float]
+AtOnce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+Passes = tuple[Statistics, Gradient, AtOnce | None, dist.ProcessGroup | None, float]
 
 
 def reference(
@@ -70,13 +72,20 @@ def in_chunks(
     *,
     group: dist.ProcessGroup | None,
     z_loss: float,
+    at_once: AtOnce | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op, from an implementation's two passes over the logits of a chunk."""
+    """The op, from an implementation's two passes over the logits of a chunk.
+
+    Args:
+        at_once: both passes in one, (logits, labels, token_weights, z_loss) -> lse, target: for a vocabulary that is
+            not cut, which no collective comes between.
+    """
     if chunk is None:  # from sizes that are equal on all ranks, or they would enter different numbers of collectives
         chunk = max(_FEWEST_ROWS, _LOGITS_BYTES // (weight.shape[0] * max(4, x.element_size())))
+    at_once = at_once if group is None or group.size() == 1 else None
     needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     real = min(max(vocab_rows - vocab_start, 0), weight.shape[0])
-    passes = (statistics, gradient, group, z_loss)
+    passes = (statistics, gradient, at_once, group, z_loss)
     return _LinearCrossEntropy.apply(x, weight, labels, token_weights, passes, vocab_start, real, chunk, needs)
 
 
@@ -104,13 +113,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(low, min(low + chunk, x.shape[0]))
             own = labels[part] - start
             dlogits, ce[part], lse = _chunk(x[part], weight[:real], own, token_weights[part], passes, any(needs))
-            loss += torch.dot(token_weights[part], ce[part] if not passes[3] else ce[part] + passes[3] * lse.square())
+            loss += torch.dot(token_weights[part], ce[part] if not passes[-1] else ce[part] + passes[-1] * lse.square())
             if dx is not None:
                 torch.mm(dlogits, weight[:real], out=dx[part])
-            if dw is not None and x.dtype == dtype:
-                dw[:real].addmm_(dlogits.t(), x[part])
-            elif dw is not None:
-                dw[:real] += dlogits.t() @ x[part]
+            if dw is not None:
+                _add_product(dw[:real], dlogits, x[part])
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(ce)
@@ -121,8 +128,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
         dx = None if dx is None else dx * d_loss.to(dx.dtype)
-        dw = None if dw is None else (dw * d_loss).to(ctx.weight_dtype)
+        dw = None if dw is None else _scaled(dw, d_loss, ctx.weight_dtype)
         return dx, dw, None, None, None, None, None, None, None
+
+
+def _add_product(out: torch.Tensor, dlogits: torch.Tensor, x: torch.Tensor) -> None:
+    """``out [v, D] += dlogits^T x`` in fp32, slice by slice where the product is made in fewer bits beforehand."""
+    if x.dtype == out.dtype:
+        out.addmm_(dlogits.t(), x)
+        return
+    for part in _slices(out):
+        out[part] += dlogits[:, part].t() @ x
+
+
+def _scaled(dw: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``dw * factor`` in another dtype, without a second fp32 copy of it."""
+    scaled = torch.empty_like(dw, dtype=dtype)
+    for part in _slices(dw):
+        torch.mul(dw[part], factor, out=scaled[part])
+    return scaled
+
+
+def _slices(dw: torch.Tensor) -> Iterator[slice]:
+    """Rows of a weight gradient, a bounded number of elements at a time."""
+    step = max(1, _SLICE_ELEMENTS // max(1, dw.shape[1])) if dw.device.type == "cpu" else max(1, len(dw))
+    return (slice(low, low + step) for low in range(0, len(dw), step))
 
 
 def _chunk(
@@ -137,8 +167,11 @@ def _chunk(
 
     weight holds real rows only; labels are relative to its first row, and out of its range where another rank has them.
     """
-    statistics, gradient, group, z_loss = passes
+    statistics, gradient, at_once, group, z_loss = passes
     logits = x @ weight.t()
+    if at_once is not None and needs_gradient and weight.shape[0] > 0:
+        lse, target = at_once(logits, labels, token_weights, z_loss)
+        return logits, lse - target, lse
     if weight.shape[0] > 0:
         mine, state = statistics(logits, labels)
     else:  # a rank of padding alone still takes part in the collective
@@ -201,5 +234,6 @@ def _combine(mine: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch
 registry.declare(
     "linear_cross_entropy",
     registry.triton("linear_cross_entropy:linear_cross_entropy"),
+    registry.Impl("cpu", f"{__name__}_cpu:linear_cross_entropy", frozenset({"cpu"})),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )
