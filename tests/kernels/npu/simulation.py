@@ -4,9 +4,8 @@ An agreement with these shows that a row passes the right things in the right or
 Operators with a derivative in torch-npu are differentiable here, the others are not.
 """
 
-import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,22 +104,37 @@ OTHERS: dict[str, Callable[..., Any]] = {
 }
 
 
-@functools.cache
-def install() -> torch.library.Library | None:
-    """Define the operators in this process; None: torch-npu is installed and has defined them."""
-    if importlib.util.find_spec("torch_npu") is not None:
-        return None
-    library = torch.library.Library("npu", "DEF")
-    for schema in SCHEMAS:
-        library.define(schema)
-    for kernels, key in ((DIFFERENTIABLE, "CompositeImplicitAutograd"), (OTHERS, "CPU")):
-        for name, function in kernels.items():
-            library.impl(name, _checked(name, function), key)
-    return library
+Compare = Callable[[str, Arguments, Any], None]
+_libraries: list[torch.library.Library] = []
 
 
-def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def install(schemas: Sequence[str] = SCHEMAS, compare: Compare = lambda *_: None) -> bool:
+    """Define the operators in this process, once; False: torch-npu is installed and has defined them.
+
+    Args:
+        schemas: those recorded, or all of a wheel.
+        compare: sees every call: name, arguments, result.
+    """
+    if not _libraries and importlib.util.find_spec("torch_npu") is not None:
+        return False
+    if not _libraries:
+        library = torch.library.Library("npu", "DEF")
+        _libraries.append(library)
+        for schema in schemas:
+            library.define(schema)
+        for name, function in {**DIFFERENTIABLE, **OTHERS}.items():
+            kernel = _checked(name, function, compare)
+            library.impl(name, kernel, "CPU")
+            if name in DIFFERENTIABLE:  # made of ops that have derivatives
+                library.impl(name, kernel, "AutogradCPU")
+    return True
+
+
+def _checked(name: str, function: Callable[..., Any], compare: Compare) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        return function(contracts.check(name, args, kwargs))
+        bound = contracts.check(name, args, kwargs)
+        result = function(bound)
+        compare(name, bound, result)
+        return result
 
     return kernel
