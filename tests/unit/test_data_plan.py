@@ -50,7 +50,7 @@ def equal(one, other):
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 99), weights=st.tuples(*[st.floats(0.05, 1)] * 3), windows=st.integers(1, 4))
+@given(seed=st.integers(0, 99), weights=st.tuples(*[st.floats(0.05, 1)] * 3), windows=st.integers(1, 6))
 def test_shares_and_epochs(corpora, seed, weights, windows):
     """Each document once per epoch, epoch after epoch, and each corpus within a document of its share of tokens."""
     plan = DataPlan(sources_of(corpora, **dict(zip(MIX, weights, strict=True))), VOCABULARY, recipe(seed=seed))
@@ -64,7 +64,8 @@ def test_shares_and_epochs(corpora, seed, weights, windows):
             seen[index].update(zip(window.epoch[mine].tolist(), window.document[mine].tolist(), strict=True))
             after = window.after[index]
             goal = (number + 1) * plan.recipe.window_tokens * weight // total
-            assert goal <= after.tokens < goal + 96 and after.documents == seen[index].total()
+            assert goal <= after.tokens < goal + window.length[mine].max(), "what is too much is settled later"
+            assert after.documents == seen[index].total()
             assert after.tokens - cursors[index].tokens == window.length[mine].sum()
         cursors, first = window.after, window.next_pack
     for corpus, found in zip(plan.corpora, seen, strict=True):
