@@ -72,6 +72,7 @@ def _why_not(device: torch.device) -> str | None:
 
 registry.declare(
     "expert_order",
+    registry.triton("routing:expert_order"),
     registry.Impl("cpp", f"{__name__}:compiled", frozenset({"cpu"}), _why_not),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

@@ -74,6 +74,7 @@ def _multiply(x: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) ->
 
 registry.declare(
     "grouped_gemm",
+    registry.triton("grouped_gemm:grouped_gemm"),
     registry.Impl("cpu", "unimega.kernels.cpu:grouped_gemm", frozenset({"cpu"})),
     registry.npu("experts:grouped_gemm", "npu_grouped_matmul"),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),

@@ -93,12 +93,14 @@ def spread(x: torch.Tensor, weights: torch.Tensor | None, order: ExpertOrder) ->
 
 registry.declare(
     "permute",
+    registry.triton("permute:permute"),
     registry.Impl("cpu", "unimega.kernels.cpu:permute", frozenset({"cpu"})),
     registry.npu("experts:permute", "npu_moe_token_permute"),
     registry.Impl("reference", f"{__name__}:permute", registry.EVERYWHERE),
 )
 registry.declare(
     "unpermute",
+    registry.triton("permute:unpermute"),
     registry.Impl("cpu", "unimega.kernels.cpu:unpermute", frozenset({"cpu"})),
     registry.npu("experts:unpermute", "npu_moe_token_unpermute"),
     registry.Impl("reference", f"{__name__}:unpermute", registry.EVERYWHERE),

@@ -106,6 +106,7 @@ def _best(keys: torch.Tensor, k: int) -> torch.Tensor:
 
 registry.declare(
     "topk_routing",
+    registry.triton("routing:topk_routing"),
     registry.npu("topk_routing:topk_routing", "npu_moe_gating_top_k", only_named=True),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )
