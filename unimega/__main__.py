@@ -32,7 +32,8 @@ def doctor() -> None:
     from unimega import backend, kernels
 
     here = backend.current()
-    print(f"{'backend':<14} {here.name}, device {here.device}, collectives {here.collective}\n")
+    note = f" ({here.note})" if here.note else ""
+    print(f"{'backend':<14} {here.name}, device {here.device}, collectives {here.collective}{note}\n")
     devices = tuple(dict.fromkeys((torch.device(here.device.type), torch.device("cpu"))))
     table = [("op", "implementation", "device", "")]
     for row in kernels.registry.rows(devices):

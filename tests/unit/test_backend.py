@@ -76,12 +76,6 @@ def test_unknown_backend(nothing_chosen: None) -> None:
         backend.use("tpu")
 
 
-def test_npu_is_a_seam(nothing_chosen: None) -> None:
-    with pytest.raises(BackendError, match=r"^backend='npu' is not there yet: it has never run on hardware and comes"):
-        backend.use("npu")
-    assert backend.use("cpu").name == "cpu"  # a failed choice leaves it open
-
-
 @pytest.mark.parametrize("rank", [2, 7])
 def test_a_rank_without_a_gpu(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")

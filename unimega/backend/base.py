@@ -28,6 +28,8 @@ class Backend(abc.ABC):
     """Whether ``collective`` keeps what it sends alive until it is sent: then a pipeline may free it at once."""
     device: torch.device
     """This process's device: that of its LOCAL_RANK, if there are several."""
+    note: str = ""
+    """What whoever runs on it should know; ``doctor`` prints it."""
     gemm_size: int
     """Rows, columns and depth of the product that measures the GEMM rate: large enough to reach it."""
 

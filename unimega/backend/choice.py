@@ -8,10 +8,10 @@ import torch
 from unimega.backend.base import Backend
 from unimega.backend.cpu import CpuBackend
 from unimega.backend.cuda import CudaBackend
-from unimega.backend.npu import npu_backend
+from unimega.backend.npu import NpuBackend
 from unimega.errors import BackendError, optional
 
-BACKENDS: dict[str, Callable[[], Backend]] = {"cpu": CpuBackend, "cuda": CudaBackend, "npu": npu_backend}
+BACKENDS: dict[str, Callable[[], Backend]] = {"cpu": CpuBackend, "cuda": CudaBackend, "npu": NpuBackend}
 
 _chosen: Backend | None = None
 
@@ -20,7 +20,7 @@ def current() -> Backend:
     """The backend of this process. The first call decides it; environment variables do not.
 
     Raises:
-        BackendError: the machine has NPUs, which nothing runs on yet.
+        UnimegaError: torch-npu is installed and cannot be imported, for want of CANN.
     """
     return _chosen if _chosen is not None else use(_seen())
 

@@ -2,7 +2,8 @@
 
 The name ``torch`` inside ``megatron.core`` modules becomes a proxy whose factories and ``.cuda`` are replaced; torch
 itself stays what it is for everyone else. Only four methods that are reached through a tensor or a module are replaced
-globally, and they act only when megatron's code calls them. ``CPU_TABLE`` is the whole list. On CUDA none is installed.
+globally, and they act only when megatron's code calls them. ``CPU_TABLE`` is the whole list, ``npu_table`` that for an
+NPU. On CUDA none is installed.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import importlib.metadata
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -20,33 +20,13 @@ import torch
 from unimega.backend.base import InertStream
 from unimega.backend.choice import current
 from unimega.backend.import_hook import after_import
+from unimega.backend.npu import NpuBackend
+from unimega.backend.npu_redirection import npu_table
+from unimega.backend.redirected import FACTORIES, MEGATRON, Row, as_it_is, factory, move, nothing, type_on_cuda
 from unimega.errors import BackendError
 
-MEGATRON = "megatron.core"
 SUPPORTED = "0.16"
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One redirected name."""
-
-    where: str
-    """``torch``, ``torch.cuda``, ``torch.cuda.nvtx``: in the proxies that megatron's modules see. ``torch.Tensor``,
-    ``torch.nn.Module``: the class itself, for calls from megatron's modules. ``logging``: a logger. Else: a module of
-    megatron itself."""
-    name: str
-    new: Any
-    """What it leads to; for a class a function of (original, self, ...), for the logger a filter."""
-
-    @property
-    def title(self) -> str:
-        """The dotted name."""
-        return f"{self.where}.{self.name}"
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Stands for what has no meaning here."""
 
 
 def _zero(*_: Any, **__: Any) -> int:
@@ -78,29 +58,6 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-def _as_it_is(function: Any = None, *_: Any, **__: Any) -> Any:
-    """Stands for torch.compile: with a function, or as a decorator with options."""
-    return _as_it_is if function is None else function
-
-
-def _on_cpu(device: Any) -> Any:
-    """``device``, or the CPU where that names a CUDA device."""
-    if isinstance(device, str):
-        return "cpu" if device.startswith("cuda") else device
-    return CPU if isinstance(device, torch.device) and device.type == "cuda" else device
-
-
-def _factory(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def on_cpu(*args: Any, **kwargs: Any) -> Any:
-        for key in ("device", "map_location"):
-            if key in kwargs:
-                kwargs[key] = _on_cpu(kwargs[key])
-        return original(*args, **kwargs)
-
-    return on_cpu
-
-
 def _for_megatron(original: Callable[..., Any], redirected: Callable[..., Any]) -> Callable[..., Any]:
     """A method that is ``redirected(original, self, ...)`` when a module of megatron calls it, else the original."""
 
@@ -113,20 +70,8 @@ def _for_megatron(original: Callable[..., Any], redirected: Callable[..., Any]) 
     return method
 
 
-def _to_cpu(original: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if "device" in kwargs:
-        kwargs["device"] = _on_cpu(kwargs["device"])
-    return original(tensor, *map(_on_cpu, args), **kwargs)
-
-
 def _itself(original: Callable[..., Any], subject: Any, *_: Any, **__: Any) -> Any:
     return subject
-
-
-def _type_on_cuda(original: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Without an argument: what megatron compares with 'torch.cuda.FloatTensor'."""
-    answer = original(tensor, *args, **kwargs)
-    return answer if args or kwargs else answer.replace("torch.", "torch.cuda.", 1)
 
 
 def _maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -139,20 +84,12 @@ def _rng_is_not_split(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
-# fmt: off
-FACTORIES = (
-    "tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint",
-    "randperm", "eye", "linspace", "as_tensor", "scalar_tensor", "tril_indices", "empty_strided", "empty_like",
-    "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "load",
-)
-# fmt: on
-
 CPU_TABLE: tuple[Row, ...] = (
     Row("torch.cuda", "current_device", lambda: CPU),
     Row("torch.cuda", "is_available", _false),
     Row("torch.cuda", "device_count", lambda: 1),  # a divisor in places
     *(
-        Row("torch.cuda", name, _nothing)
+        Row("torch.cuda", name, nothing)
         for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats", "ipc_collect")
     ),
     *(
@@ -169,22 +106,22 @@ CPU_TABLE: tuple[Row, ...] = (
     Row("torch.cuda", "default_stream", _stream),
     Row("torch.cuda", "stream", _no_stream_context),
     Row("torch.cuda", "is_current_stream_capturing", _false),
-    Row("torch.cuda.nvtx", "range_push", _nothing),
-    Row("torch.cuda.nvtx", "range_pop", _nothing),
-    *(Row("torch", name, _factory(getattr(torch, name))) for name in FACTORIES),
-    Row("torch", "compile", _as_it_is),
-    Row("torch.Tensor", "to", _to_cpu),
+    Row("torch.cuda.nvtx", "range_push", nothing),
+    Row("torch.cuda.nvtx", "range_pop", nothing),
+    *(Row("torch", name, factory(getattr(torch, name), CPU)) for name in FACTORIES),
+    Row("torch", "compile", as_it_is),
+    Row("torch.Tensor", "to", move(CPU)),
     Row("torch.Tensor", "cuda", _itself),
-    Row("torch.Tensor", "type", _type_on_cuda),
+    Row("torch.Tensor", "type", type_on_cuda),
     Row("torch.nn.Module", "cuda", _itself),
-    Row(f"{MEGATRON}.jit", "jit_fuser", _as_it_is),  # its body has taken torch.compile already
+    Row(f"{MEGATRON}.jit", "jit_fuser", as_it_is),  # its body has taken torch.compile already
     Row(f"{MEGATRON}.tensor_parallel.random", "_get_cuda_rng_state", _get_rng_state),
     Row(f"{MEGATRON}.tensor_parallel.random", "_set_cuda_rng_state", _set_rng_state),
     Row("logging", f"{MEGATRON}.tensor_parallel.random", _rng_is_not_split),
     Row(f"{MEGATRON}.transformer.moe.moe_utils", "maybe_move_tensor_to_cpu", _maybe_move_tensor_to_cpu),
     Row(f"{MEGATRON}.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", _maybe_move_tensor_to_cpu),
 )
-"""Every name that is redirected on CPU. A table for another device has the same names."""
+"""Every name that is redirected on CPU."""
 
 GLOBAL = {"torch.Tensor": torch.Tensor, "torch.nn.Module": torch.nn.Module}
 PROXIED = ("torch", "torch.cuda", "torch.cuda.nvtx")
@@ -215,8 +152,10 @@ def install() -> tuple[str, ...]:
             f"import of {early[0]!r} came before unimega.parallel: its modules hold CUDA names that cannot run on "
             f"{current().name!r}. Import unimega.parallel first."
         )
-    _apply(CPU_TABLE)
-    _installed = tuple(row.title for row in CPU_TABLE)
+    here = current()
+    table = npu_table(here.module, here.device) if isinstance(here, NpuBackend) else CPU_TABLE
+    _apply(table)
+    _installed = tuple(row.title for row in table)
     return _installed
 
 

@@ -4,6 +4,7 @@ The wheel is never installed: with it in an environment and no CANN beside it, i
 downloaded (44 MB) and its Python part unpacked into a folder that a process of its own reads.
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels.npu import wheel
 from tests.kernels.npu.simulation import SCHEMAS
 from tests.kernels.npu.test_rows import EVERY
+from unimega.backend import npu, npu_redirection
 from unimega.parallel.adamw import AdamW
 
 VERSION = "2.13.0"
@@ -63,6 +65,21 @@ def test_every_call_agrees_with_the_meta_kernels(report: Any) -> None:
     assert report["calls"] == 2 * len(EVERY) > 100
     assert report["operators"] > 400
     assert set(report["compared"]) == {schema.partition("(")[0] for schema in SCHEMAS}
+
+
+def test_every_name_of_the_backend_is_in_torch_npu(folder: Path) -> None:
+    """``self.module.NAME`` of the backend, ``npu.NAME`` of the redirection, and the names that it takes as they are."""
+    used = set(npu_redirection.SAME)
+    for module, owner in ((npu, "self.module"), (npu_redirection, "npu")):
+        tree = ast.parse(Path(module.__file__).read_text())
+        attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+        used |= {node.attr for node in attributes if ast.unparse(node.value) == owner}
+    there: set[str] = set()
+    for node in ast.walk(ast.parse((folder / wheel.FRONT).read_text())):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            there = set(ast.literal_eval(node.value))
+    assert len(used) > 25
+    assert not used - there
 
 
 def test_adamw_is_the_fused_one_of_the_wheel(report: Any) -> None:

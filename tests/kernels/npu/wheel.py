@@ -20,7 +20,8 @@ from tests.kernels.npu import contracts, simulation
 
 TABLE = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 KERNELS = "torch_npu/op_plugin/meta/_meta_registrations.py"
-MEMBERS = (TABLE, KERNELS)
+FRONT = "torch_npu/npu/__init__.py"
+MEMBERS = (TABLE, KERNELS, FRONT)
 STAND_INS = (
     "torch_npu",
     "torch_npu.utils",
