@@ -78,7 +78,7 @@ def test_every_name_of_the_backend_is_in_torch_npu(folder: Path) -> None:
     for node in ast.walk(ast.parse((folder / wheel.FRONT).read_text())):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             there = set(ast.literal_eval(node.value))
-    assert len(used) > 25
+    assert len(used) >= 25
     assert not used - there
 
 
