@@ -1,4 +1,4 @@
-"""The passes of ``linear_cross_entropy`` over a chunk's logits on a CPU: a few rows at a time, so that they stay in cache.
+"""The passes of ``linear_cross_entropy`` over logits on a CPU: a few rows at a time, which stay in cache.
 
 The reference passes over whole chunks seven times, in fp32: as long as half of its GEMMs take where memory is slow.
 ``softmax`` of torch is one vectorised loop, and ``lse = top - log(max p)`` follows from it: max p >= 1 / v.
