@@ -1,0 +1,1 @@
+"""Routed experts: router, balance losses, capacity, experts, and the FFN module they make."""
