@@ -31,6 +31,7 @@ def reference(
 
 registry.declare(
     "expert_ffn",
+    registry.triton("expert_ffn:expert_ffn"),
     registry.Impl("cpu", "unimega.kernels.cpu:expert_ffn", frozenset({"cpu"})),
     registry.npu(
         "experts:expert_ffn", "npu_grouped_matmul", "npu_swiglu", "npu_moe_token_permute", "npu_moe_token_unpermute"

@@ -172,6 +172,8 @@ def tiles(part: str, dtype: torch.dtype, target: int) -> dict[str, Any]:
     rows, out, width, warps, stages = 128, 128, 64, 8, 3
     if part == "weight_grad":
         rows, width = 64, 128
+    elif part != "multiply":  # two sums of this size, or one and what is loaded beside it
+        out = 64
     if wide:  # the products of 4-byte numbers without rounding are no tensor core's: small tiles
         rows, out, width, warps, stages = (32, 64, 64, 4, 2) if part == "weight_grad" else (64, 64, 32, 4, 2)
     precision = "ieee" if wide and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
@@ -187,7 +189,9 @@ def launches(
     for target in (80, 90):
         sizes = tiles(part, torch.bfloat16, target)
         options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
-        found.append(Launch(name, kernel, types, {**constants, **sizes}, multiples, options, (target,)))
+        found.append(
+            Launch(name, kernel, types, {**constants, **sizes}, multiples - set(constants), options, (target,))
+        )
     return tuple(found)
 
 
