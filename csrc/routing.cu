@@ -4,10 +4,10 @@
 // three launches, without atomics on global memory and without a sync over the grid:
 //   choose  a warp a token: k times the largest key of the row; how often each block of tokens chose each expert
 //   scan    a warp an expert: running sum of those counts over the blocks
-//   place   a thread a slot: start of its expert + blocks before + tokens before it in its block
+//   place   a thread a slot: start of its expert + blocks before + slots before it in its block
 // The order is stable and does not depend on scheduling. Ties go to the lowest expert.
 //
-// Limits: 1 <= experts <= 512, 1 <= k <= 16, k <= experts.
+// Limits: 1 <= experts <= 512, 1 <= k <= 16.
 
 #include <cuda_runtime.h>
 
@@ -18,15 +18,16 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr int kWarps = 8;
-constexpr int kTokens = 64;  // a block's tokens are the bits of one 64-bit word per expert
+constexpr int kTokens = 64;  // of a block
 constexpr int kMaxExperts = 512;
 constexpr int kMaxK = 16;
 constexpr unsigned kAll = 0xffffffffu;
 
-// Order-preserving map of floats to unsigned; -0 and +0 are equal.
+// Order-preserving map of floats to unsigned; -0 and +0 are equal. 0 stays free: it means that there is no candidate,
+// and a NaN must not, or a token would have one expert twice.
 __device__ __forceinline__ unsigned ordered(float x) {
     const unsigned bits = __float_as_uint(x + 0.0f);
-    return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
+    return (bits & 0x80000000u) ? max(~bits, 1u) : bits | 0x80000000u;
 }
 
 __device__ __forceinline__ float warp_max(float x) {
@@ -54,11 +55,6 @@ __device__ __forceinline__ int warp_argmax(unsigned key, int expert, unsigned *l
 #endif
 }
 
-// Bit i of masks[e]: token i of the block chose expert e. Or is commutative: the result does not depend on the order.
-__device__ __forceinline__ void mark(unsigned long long *masks, int expert, int token) {
-    atomicOr(&masks[expert], 1ull << token);
-}
-
 struct Choice {
     int experts, k, groups, group_topk;
     bool sigmoid, normalize;
@@ -67,7 +63,7 @@ struct Choice {
 
 // Blank the keys of experts whose group is not among the best: a group's score is the sum of its two largest keys
 // (sigmoid) or its largest (softmax). keys: [experts] in shared memory, of this warp.
-__device__ void limit_groups(float *keys, float *scores, const Choice &c, int lane) {
+__device__ __forceinline__ void limit_groups(float *keys, float *scores, const Choice &c, int lane) {
     const int size = c.experts / c.groups;
     for (int g = lane; g < c.groups; g += kLanes) {
         float first = -INFINITY, second = -INFINITY;
@@ -94,13 +90,13 @@ __device__ void limit_groups(float *keys, float *scores, const Choice &c, int la
 }
 
 template <int kPerLane>
-__global__ void __launch_bounds__(kWarps *kLanes)
+__global__ void __launch_bounds__(kWarps *kLanes, 2)
     choose(const float *__restrict__ logits, const float *__restrict__ bias, int64_t tokens, int64_t rows, Choice c,
            float *__restrict__ weights, int *__restrict__ chosen, int *__restrict__ counts, int blocks) {
     extern __shared__ float scratch[];  // keys [kWarps][experts], group scores [kWarps][groups]: with groups only
-    __shared__ unsigned long long masks[kPerLane * kLanes];
+    __shared__ int tally[kPerLane * kLanes];  // a sum does not depend on the order of its atomics
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-    for (int e = threadIdx.x; e < c.experts; e += blockDim.x) masks[e] = 0;
+    for (int e = threadIdx.x; e < c.experts; e += blockDim.x) tally[e] = 0;
     __syncthreads();
     for (int inside = warp; inside < kTokens; inside += kWarps) {
         const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + inside;
@@ -185,31 +181,30 @@ __global__ void __launch_bounds__(kWarps *kLanes)
             const float norm = c.normalize ? mine / (c.sigmoid ? sum + 1e-20f : sum) : mine;
             weights[token * c.k + lane] = norm * c.scale;
             chosen[token * c.k + lane] = expert;
-            mark(masks, expert, inside);
+            atomicAdd(&tally[expert], 1);
         }
     }
     __syncthreads();
     if (counts != nullptr)
         for (int e = threadIdx.x; e < c.experts; e += blockDim.x)
-            counts[static_cast<int64_t>(e) * blocks + blockIdx.x] = __popcll(masks[e]);
+            counts[static_cast<int64_t>(e) * blocks + blockIdx.x] = tally[e];
 }
 
 // The same counts, of experts that were chosen elsewhere.
 __global__ void count(const int *__restrict__ chosen, int64_t tokens, int experts, int k, int *__restrict__ counts,
                       int blocks) {
-    __shared__ unsigned long long masks[kMaxExperts];
-    for (int e = threadIdx.x; e < experts; e += blockDim.x) masks[e] = 0;
+    __shared__ int tally[kMaxExperts];
+    for (int e = threadIdx.x; e < experts; e += blockDim.x) tally[e] = 0;
     __syncthreads();
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
-    for (int slot = threadIdx.x; slot < kTokens * k; slot += blockDim.x) {
-        const int64_t token = first + slot / k;
-        if (token >= tokens) continue;
+    const int slots = static_cast<int>(min(static_cast<int64_t>(kTokens), tokens - first)) * k;
+    for (int slot = threadIdx.x; slot < slots; slot += blockDim.x) {
         const int e = chosen[first * k + slot];
-        if (e >= 0 && e < experts) mark(masks, e, slot / k);
+        if (e >= 0 && e < experts) atomicAdd(&tally[e], 1);
     }
     __syncthreads();
     for (int e = threadIdx.x; e < experts; e += blockDim.x)
-        counts[static_cast<int64_t>(e) * blocks + blockIdx.x] = __popcll(masks[e]);
+        counts[static_cast<int64_t>(e) * blocks + blockIdx.x] = tally[e];
 }
 
 // counts [experts][blocks] becomes the sum over earlier blocks; totals [experts].
@@ -232,64 +227,82 @@ __global__ void scan(int *__restrict__ counts, int *__restrict__ totals, int exp
     if (lane == 0) totals[expert] = before;
 }
 
-__global__ void place(const int *__restrict__ chosen, const int *__restrict__ before, const int *__restrict__ totals,
-                      int64_t tokens, int experts, int k, int blocks, int *__restrict__ offsets,
-                      int *__restrict__ places, int *__restrict__ source) {
-    __shared__ unsigned long long masks[kMaxExperts];
-    __shared__ int starts[kMaxExperts + 1];
-    __shared__ int none;  // slots without an expert in earlier blocks
-    for (int e = threadIdx.x; e < experts; e += blockDim.x) masks[e] = 0;
-    if (threadIdx.x < kLanes) {  // running sum of the experts' totals, by the first warp
+// A warp takes a run of the block's slots, 32 at a time, and counts them by expert as it goes; slots without an expert
+// are those of one more. What earlier warps of the block counted is added afterwards.
+__global__ void __launch_bounds__(kWarps *kLanes, 2)
+    place(const int *__restrict__ chosen, const int *__restrict__ before, const int *__restrict__ totals, int64_t tokens,
+          int experts, int k, int blocks, int *__restrict__ offsets, int *__restrict__ places, int *__restrict__ source) {
+    constexpr int kSteps = kTokens * kMaxK / (kWarps * kLanes);
+    __shared__ int tally[kWarps][kMaxExperts + 1];
+    __shared__ int starts[kMaxExperts + 1];  // of this block's slots
+    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+    for (int e = lane; e <= experts; e += kLanes) tally[warp][e] = 0;
+    if (warp == 0) {  // running sum of the experts' totals
         int sum = 0;
-        int mine = 0;
+        int mine = 0;  // slots with an expert in earlier blocks
         for (int first = 0; first < experts; first += kLanes) {
-            const int e = first + threadIdx.x;
+            const int e = first + lane;
             const int own = e < experts ? totals[e] : 0;
             int running = own;
             for (int step = 1; step < kLanes; step *= 2) {
                 const int other = __shfl_up_sync(kAll, running, step);
-                if (static_cast<int>(threadIdx.x) >= step) running += other;
+                if (lane >= step) running += other;
             }
             if (e < experts) {
-                starts[e] = sum + running - own;
-                mine += before[static_cast<int64_t>(e) * blocks + blockIdx.x];
+                const int earlier = before[static_cast<int64_t>(e) * blocks + blockIdx.x];
+                starts[e] = sum + running - own + earlier;
+                if (blockIdx.x == 0) offsets[e] = sum + running - own;
+                mine += earlier;
             }
             sum += __shfl_sync(kAll, running, kLanes - 1);
         }
         for (int step = kLanes / 2; step > 0; step /= 2) mine += __shfl_xor_sync(kAll, mine, step);
-        if (threadIdx.x == 0) {
-            starts[experts] = sum;
-            none = static_cast<int>(blockIdx.x) * kTokens * k - mine;
+        if (lane == 0) {
+            starts[experts] = sum + static_cast<int>(blockIdx.x) * kTokens * k - mine;
+            if (blockIdx.x == 0) offsets[experts] = sum;
         }
     }
-    __syncthreads();
+    __syncwarp();
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
-    for (int slot = threadIdx.x; slot < kTokens * k; slot += blockDim.x) {
-        if (first + slot / k >= tokens) continue;
-        const int e = chosen[first * k + slot];
-        if (e >= 0 && e < experts) mark(masks, e, slot / k);
+    const int slots = static_cast<int>(min(static_cast<int64_t>(kTokens), tokens - first)) * k;
+    const int run = kTokens * k / kWarps;
+    int expert[kSteps], rank[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+        const int inside = i * kLanes + lane, slot = warp * run + inside;
+        expert[i] = -1;
+        rank[i] = 0;
+        if (i * kLanes >= run) continue;  // for all lanes
+        if (inside < run && slot < slots) {
+            const int e = chosen[first * k + slot];
+            expert[i] = e >= 0 && e < experts ? e : experts;
+        }
+        const unsigned same = __match_any_sync(kAll, expert[i]);
+        const int ahead = __popc(same & ((1u << lane) - 1));
+        const int seen = expert[i] < 0 ? 0 : tally[warp][expert[i]];
+        rank[i] = seen + ahead;
+        __syncwarp();
+        if (expert[i] >= 0 && ahead == 0) tally[warp][expert[i]] = seen + __popc(same);
+        __syncwarp();
     }
     __syncthreads();
-    for (int slot = threadIdx.x; slot < kTokens * k; slot += blockDim.x) {
-        if (first + slot / k >= tokens) continue;
-        const int e = chosen[first * k + slot];
-        int at;
-        if (e >= 0 && e < experts) {
-            const unsigned long long earlier = masks[e] & ((1ull << (slot / k)) - 1);
-            at = starts[e] + before[static_cast<int64_t>(e) * blocks + blockIdx.x] + __popcll(earlier);
-        } else {
-            int in_block = 0;  // rare: pads are whole tokens at the end
-            for (int other = 0; other < slot; ++other) {
-                const int x = chosen[first * k + other];
-                in_block += x < 0 || x >= experts;
-            }
-            at = starts[experts] + none + in_block;
+    for (int e = threadIdx.x; e <= experts; e += blockDim.x) {
+        int at = starts[e];
+        for (int w = 0; w < kWarps; ++w) {
+            const int own = tally[w][e];
+            tally[w][e] = at;
+            at += own;
         }
-        places[first * k + slot] = at;
-        source[at] = static_cast<int>(first * k + slot);
     }
-    if (blockIdx.x == 0)
-        for (int e = threadIdx.x; e <= experts; e += blockDim.x) offsets[e] = starts[e];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+        if (expert[i] < 0) continue;
+        const int at = tally[warp][expert[i]] + rank[i];
+        const int64_t slot = first * k + warp * run + i * kLanes + lane;
+        places[slot] = at;
+        source[at] = static_cast<int>(slot);
+    }
 }
 
 int blocks_of(int64_t tokens) { return static_cast<int>((tokens + kTokens - 1) / kTokens); }
@@ -299,12 +312,12 @@ cudaError_t order(const int *chosen, int64_t tokens, int experts, int k, int *co
     const int blocks = blocks_of(tokens);
     int *totals = counts + static_cast<int64_t>(experts) * blocks;
     scan<<<(experts + kWarps - 1) / kWarps, kWarps * kLanes, 0, stream>>>(counts, totals, experts, blocks);
-    place<<<blocks, 256, 0, stream>>>(chosen, counts, totals, tokens, experts, k, blocks, offsets, places, source);
+    place<<<blocks, kWarps * kLanes, 0, stream>>>(chosen, counts, totals, tokens, experts, k, blocks, offsets, places, source);
     return cudaGetLastError();
 }
 
 bool unfit(int64_t tokens, int experts, int k) {
-    return tokens < 1 || experts < 1 || experts > kMaxExperts || k < 1 || k > kMaxK || k > experts;
+    return tokens < 1 || experts < 1 || experts > kMaxExperts || k < 1 || k > kMaxK;
 }
 
 }  // namespace
@@ -325,7 +338,7 @@ int64_t unimega_routing_workspace(int64_t tokens, int experts) {
 int unimega_route(const float *logits, const float *bias, int64_t tokens, int64_t rows, int experts, int k, int sigmoid,
                   int normalize, float scale, int groups, int group_topk, float *weights, int *chosen, int *workspace,
                   int *offsets, int *places, int *source, void *stream) {
-    if (unfit(tokens, experts, k) || groups < 1 || experts % groups != 0) return cudaErrorInvalidValue;
+    if (unfit(tokens, experts, k) || k > experts || groups < 1 || experts % groups != 0) return cudaErrorInvalidValue;
     const Choice c{experts, k, groups, group_topk, sigmoid != 0, normalize != 0, scale};
     const int blocks = blocks_of(tokens);
     const size_t shared = groups > 1 ? sizeof(float) * kWarps * (experts + groups) : 0;
@@ -345,7 +358,7 @@ int unimega_route(const float *logits, const float *bias, int64_t tokens, int64_
 // The order of slots whose experts are known. Three launches. Returns a cudaError_t.
 int unimega_expert_order(const int *chosen, int64_t tokens, int experts, int k, int *workspace, int *offsets, int *places,
                          int *source, void *stream) {
-    if (tokens < 1 || experts < 1 || experts > kMaxExperts || k < 1) return cudaErrorInvalidValue;
+    if (unfit(tokens, experts, k)) return cudaErrorInvalidValue;
     auto *s = static_cast<cudaStream_t>(stream);
     count<<<blocks_of(tokens), 256, 0, s>>>(chosen, tokens, experts, k, workspace, blocks_of(tokens));
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;

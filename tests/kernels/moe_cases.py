@@ -1,5 +1,6 @@
 """Definitions and cases of the ops of routed experts."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,6 +115,32 @@ def order_case(kind: str, tokens: int, k: int, experts: int, *, strided: bool = 
     return Case(name or kind, (noise(1),), call)
 
 
+# route
+
+
+def route(logits: torch.Tensor, **how: Any) -> tuple[torch.Tensor, torch.Tensor, ExpertOrder]:
+    weights, chosen = topk_routing(logits, **how)
+    return weights, chosen, expert_order(chosen, logits.shape[1])
+
+
+def route_case(name: str, tokens: int, experts: int, **options: Any) -> Case:
+    inner = topk_case(name, tokens, experts, **options)
+
+    def call(op: Any, t: Tensors) -> Sequence[torch.Tensor]:
+        orders = []
+
+        def choose(*args: Any, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            *routing, order = op(*args, **how)
+            orders.append(order)
+            return tuple(routing)
+
+        outputs = inner.call(choose, t)
+        (order,) = orders
+        return *outputs, *(part.double() for part in (order.offsets, order.place, order.source))
+
+    return dataclasses.replace(inner, call=call)
+
+
 def order_on(device: torch.device, kind: str, tokens: int, k: int, experts: int) -> ExpertOrder:
     return expert_order(choices(tokens, k, experts, kind).to(device), experts)
 
@@ -211,6 +238,7 @@ def expert_ffn_case(kind: str, tokens: int, k: int, experts: int, width: int, ff
 DEFINITIONS: dict[str, Any] = {
     "topk_routing": topk_routing,
     "expert_order": expert_order,
+    "route": route,
     "permute": permute,
     "unpermute": unpermute,
     "grouped_gemm": grouped_gemm,
@@ -250,6 +278,20 @@ CASES: dict[str, tuple[Case, ...]] = {
         order_case("pads", 190, 3, 6, name="several blocks"),
         order_case("pads", 37, 3, 11, strided=True, name="strided"),
         order_case("usual", 0, 2, 4, name="no rows"),
+    ),
+    "route": (
+        route_case("one row", 1, 3, k=1),
+        route_case("softmax", 70, 8, k=2),
+        route_case("all chosen", 5, 7, k=7),
+        route_case("softmax, ties", 37, 24, k=5, coarse=True),
+        route_case("softmax, groups", 17, 24, k=3, groups=4, group_topk=2, normalize=False),
+        route_case("softmax, pads", 130, 12, k=2, rows=61),
+        route_case("softmax, closed experts", 18, 12, k=3, closed=(0, 5, 11)),
+        route_case("sigmoid, bias", 21, 130, k=6, score="sigmoid", biased=True, scale=2.5),
+        route_case("sigmoid, groups", 25, 32, k=4, score="sigmoid", biased=True, groups=8, group_topk=3, rows=23),
+        route_case("sigmoid, closed experts", 18, 12, k=3, score="sigmoid", biased=True, closed=(1, 2, 3)),
+        route_case("strided", 14, 20, k=3, strided=True),
+        route_case("no rows", 0, 8, k=2),
     ),
     "permute": (
         *(permute_case(kind, 13, 3, 7, 20) for kind in KINDS),

@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 
 from unimega.kernels import registry
+from unimega.kernels.cuda import library
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +67,15 @@ def _load() -> ModuleType | None:
 _helper = _load()
 
 
-def _why_not(device: torch.device) -> str | None:
+def why_not_compiled(device: torch.device) -> str | None:
+    """Why the C++ row cannot run."""
     return None if _helper is not None else "unimega._data_index is not compiled"
 
 
 registry.declare(
     "expert_order",
+    registry.Impl("cuda", "unimega.kernels.cuda.routing:expert_order", frozenset({"cuda"}), library.why_not),
     registry.triton("routing:expert_order"),
-    registry.Impl("cpp", f"{__name__}:compiled", frozenset({"cpu"}), _why_not),
+    registry.Impl("cpp", f"{__name__}:compiled", frozenset({"cpu"}), why_not_compiled),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

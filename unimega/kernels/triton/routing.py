@@ -218,6 +218,12 @@ def topk_routing(
     return _Routing.apply(logits, bias, how, scale, groups, group_topk, rows)
 
 
+def route(logits: torch.Tensor, **how: Any) -> tuple[torch.Tensor, torch.Tensor, ExpertOrder]:
+    """See ``unimega.kernels.route``. Four launches."""
+    weights, experts = topk_routing(logits, **how)
+    return weights, experts, expert_order(experts, logits.shape[1])
+
+
 def expert_order(experts: torch.Tensor, num_experts: int) -> ExpertOrder:
     """See ``unimega.kernels.expert_order``."""
     experts = experts.contiguous()
