@@ -85,13 +85,13 @@ class Ceilings:
 
 
 def ours(op: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The implementations of an op that ``auto`` may take here, best first, as contestants; and why not the others."""
+    """The implementations of an op that can run here, best first, as contestants; and why not the others."""
     device = backend.current().device
     made: dict[str, Any] = {}
     absent: dict[str, str] = {}
     for impl in registry.implementations(op):
         reason = registry.why_not(impl, device)
-        if reason is None and device.type in impl.only_named:
+        if reason is None and device.type == "cpu" and impl.name == "triton":
             reason = "its interpreter's times say nothing"
         if reason is None:
             made[f"unimega-{impl.name}"] = registry.resolve(op, device=device, impl=impl.name)
@@ -201,6 +201,8 @@ def _gradients(outputs: Tensors, leaves: Tensors) -> Tensors:
     """Incoming gradients are the outputs themselves: no two rows alike, and nothing to make."""
     live = [out for out in outputs if out.requires_grad]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if not live:
+        return ()
     incoming = [torch.ones_like(out) if out.ndim == 0 else out.detach() for out in live]
     return torch.autograd.grad(live, wanted, incoming, allow_unused=True)
 
