@@ -96,6 +96,8 @@ LATEST: dict[str, Callable[[Path], object]] = {
     "all steps gone": lambda folder: [shutil.rmtree(step) for step in folder.glob("step-*")],
     "a killed save": lambda folder: shutil.copytree(folder / "step-00000002", folder / "step-00000003.0a.tmp"),
     "both damaged": two_damaged,
+    "newest renamed": lambda folder: (folder / "step-00000002").rename(folder / "step-00000009"),
+    "older copied": lambda folder: shutil.copytree(folder / "step-00000001", folder / "step-00000009"),
 }
 
 
@@ -142,6 +144,9 @@ def test_latest_is_not_trusted(found: list[dict[str, Any]]) -> None:
     assert step == 1 and "latest names 'step-00000002'" in line and "going on from step 1" in line
     assert of("a killed save") == (2, [])
     assert "no step is there" in found[0]["all steps gone"][2]
+    for name, step, holds in (("newest renamed", 1, 2), ("older copied", 2, 1)):
+        goes_on, (line,) = of(name)
+        assert goes_on == step and f"training.json is of step {holds}" in line and "step 9 is not used" in line
     both = found[0]["both damaged"][2]
     assert "step 2 is not used" in both and "step 1 is not used" in both and ".metadata has " in both
 

@@ -348,7 +348,9 @@ def test_killed(place: Path, tmp_path: Path) -> None:
         (["--preset", "dense", "--codebook", "8", "--vision-offset", "60"], "the tokenizer has ids up to 67"),
         (["--preset", "dense", "--codebook", "8", "--vision-ids", "x"], "--vision-ids='x' is not a list of ids."),
         (["--preset", "dense", "--codebook", "8", "--vision-ids", "99"], "--vision-ids: 99 is not a text id."),
-        (["--preset", "dense", "--codebook", "8", "--tokenizer", "nowhere"], "tokenizer='nowhere' is wrong."),
+        (["--preset", "dense", "--codebook", "8", "--tokenizer", "nowhere"], "--tokenizer='nowhere' holds no"),
+        (["--tokenizer", "nowhere"], "--tokenizer='nowhere' holds no tokenizer.json"),
+        (["--preset", "unix", *ENDS, "--codebook", "0"], "--codebook=0 leaves nothing to learn"),
         (
             ["--preset", "mot", "--codebook", "8", "--init-vision", "text", "--vision-ffn-width", "8"],
             "--init-vision='text' copies text weights, but vision_ffn_width=8 is not ffn_width=40.",

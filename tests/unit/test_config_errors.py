@@ -116,6 +116,11 @@ ON_COMMAND_LINE = [
         ["--optimizer.warmup", "2"],
         "command line: unknown key 'optimizer.warmup'. Did you mean 'optimizer.warmup_steps'?",
     ),
+    (
+        ["--checkpoint.resume", "x"],
+        "command line: unknown key 'checkpoint.resume'. Keys of [checkpoint]: "
+        "directory, every_steps, every_minutes, keep, optimizer, asynchronous, initial.",
+    ),
     (["--training.steps", "fifty"], "command line: 'training.steps' wants int, found 'fifty' (str)."),
     (["--training.steps", "1e3"], "command line: 'training.steps' wants int, found '1e3' (str)."),
     (["--training.steps", "1", "2"], "command line: 'training.steps' wants int, found ['1', '2'] (list)."),

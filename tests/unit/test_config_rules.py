@@ -216,6 +216,11 @@ RULES = [
     ),
     (
         {},
+        {"logging": {"profile": [21, 30]}},
+        "logging.profile=[21, 30] begins after training.steps=20: nothing would be traced. Give earlier steps.",
+    ),
+    (
+        {},
         {"optimizer": {"decay_share": 0}},
         "optimizer.decay_share=0.0 is out of range. It is above 0, at most 1.",
     ),

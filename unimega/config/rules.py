@@ -254,10 +254,18 @@ def _timeout(config: RunConfig) -> None:
 
 
 def _profile(config: RunConfig) -> None:
-    if config.logging.profile is not None and not 1 <= config.logging.profile[0] <= config.logging.profile[1]:
+    if config.logging.profile is None:
+        return
+    first, last = config.logging.profile
+    if not 1 <= first <= last:
         raise ConfigError(
-            f"logging.profile={list(config.logging.profile)} is out of range. "
+            f"logging.profile={[first, last]} is out of range. "
             "Give the first and the last step to trace, counted from 1."
+        )
+    if first > config.training.steps:
+        raise ConfigError(
+            f"logging.profile={[first, last]} begins after training.steps={config.training.steps}: nothing would be "
+            "traced. Give earlier steps."
         )
 
 

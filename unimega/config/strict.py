@@ -166,7 +166,7 @@ def _suggest(key: str, known: Sequence[str], *, prefix: str, names: Mapping[str,
 
     def likeness(candidate: str) -> float:
         section, _, name = candidate.rpartition(".")
-        away = 0.0 if section == prefix[:-1] else 0.1
+        away = 0.0 if section == prefix[:-1] else 0.2
         return difflib.SequenceMatcher(None, last, name).ratio() - away
 
     best = max(known, key=likeness)

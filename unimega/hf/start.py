@@ -10,7 +10,7 @@ from unimega.config import model_rules
 from unimega.config.presets import model_spec
 from unimega.config.schema import ModelConfig
 from unimega.config.strict import partial
-from unimega.data.tokenize import TextTokenizer
+from unimega.data.tokenize import TextTokenizer, locate
 from unimega.errors import CheckpointError, ConfigError
 from unimega.hf.layout import Layout
 from unimega.hf.read import Source, describe
@@ -109,7 +109,15 @@ def _as_options(text: str) -> str:
 
 
 def find_tokenizer(folder: Path, named: Path | None) -> Path | None:
-    """The folder whose tokenizer.json belongs to the model: the one named, or the model's own; None: neither."""
+    """The folder whose tokenizer.json belongs to the model: the one named, or the model's own; None: neither.
+
+    Raises:
+        CheckpointError: the one named holds no tokenizer.
+    """
+    if named is not None and locate(named) is None:
+        raise CheckpointError(
+            f"--tokenizer={str(named)!r} holds no tokenizer.json and no sentencepiece model. Name a folder that does."
+        )
     return named or (folder if (folder / "tokenizer.json").is_file() else None)
 
 
@@ -125,8 +133,8 @@ def _vocabulary(base: Source, keys: Mapping[str, Any], tokenizer: TextTokenizer 
                 )
         return {"codebook": model.codebook}
     if not codes:
-        found = "is missing" if codes is None else "=0 leaves nothing to learn for vision"
-        raise CheckpointError(f"--codebook {found}. Give the number of VQ codes, e.g. --codebook 8192.")
+        found = " is missing" if codes is None else "=0 leaves nothing to learn for vision"
+        raise CheckpointError(f"--codebook{found}. Give the number of VQ codes, e.g. --codebook 8192.")
     size = tokenizer.size if tokenizer else 0
     offset = keys.get("vision_offset")
     if offset is None:

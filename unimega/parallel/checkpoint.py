@@ -130,7 +130,7 @@ def find_newest(directory: str | os.PathLike[str]) -> Path | None:
     said: list[str] = []
     for number in reversed(numbers):
         step = step_folder.step_folder(directory, number)
-        if (fault := verify(step)) is None:
+        if (fault := verify(step) or _misnamed(step, number)) is None:
             if named != step.name and not said:
                 said.append(f"{directory / LATEST_FILE} {f'names {named!r}' if named is not None else 'is missing'}")
             if said and dist.get_rank() == 0:
@@ -142,6 +142,13 @@ def find_newest(directory: str | os.PathLike[str]) -> Path | None:
     if named is not None:
         raise CheckpointError(f"{directory / LATEST_FILE}: names {named!r}, and no step is there. Name another folder.")
     return None
+
+
+def _misnamed(step: Path, number: int) -> str | None:
+    """Whether a whole step has another one's name, by which it would be taken for newer or older than it is."""
+    file = step / TRAINING_FILE
+    saved = json.loads(file.read_text()).get("step", number) if file.exists() else number
+    return None if saved == number else f"{TRAINING_FILE} is of step {saved}: the folder was renamed or copied"
 
 
 def load_weights(path: str | os.PathLike[str], stages: Sequence[PipelineStage], groups: Groups) -> None:
