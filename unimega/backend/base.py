@@ -26,6 +26,8 @@ class Backend(abc.ABC):
     """Name of torch.distributed's backend: ``gloo``, ``nccl`` or ``hccl``."""
     keeps_sent_tensors: bool
     """Whether ``collective`` keeps what it sends alive until it is sent: then a pipeline may free it at once."""
+    runs_apex: bool = False
+    """Whether the kernels of Apex and TransformerEngine run here: they know CUDA alone."""
     device: torch.device
     """This process's device: that of its LOCAL_RANK, if there are several."""
     note: str = ""

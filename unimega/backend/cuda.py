@@ -39,6 +39,7 @@ class CudaBackend(Backend):
     name = "cuda"
     collective = "nccl"
     keeps_sent_tensors = True
+    runs_apex = True
     gemm_size = 8192
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from unimega.batch import Intervals
-from unimega.kernels import registry
+from unimega.kernels import availability, registry
 
 _CALL_COST = 1024
 """What a call costs, in score entries per head: shorter runs join a batch until their padding wastes more than this."""
@@ -194,7 +194,22 @@ def _batches(sizes: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 registry.declare(
     "attention",
+    registry.Impl(
+        "flash-attn",
+        "unimega.kernels.flash:flash_attn",
+        frozenset({"cuda"}),
+        availability.flash_attn,
+        note="never run on hardware",
+    ),
     registry.triton("attention:attention"),
+    registry.Impl(
+        "torch-varlen",
+        "unimega.kernels.flash:torch_varlen",
+        frozenset({"cuda"}),
+        availability.torch_varlen,
+        only_named=frozenset({"cuda"}),
+        note="never run on hardware",
+    ),
     registry.npu("attention:attention", "npu_fusion_attention"),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

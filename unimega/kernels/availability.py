@@ -43,3 +43,20 @@ def npu(*operators: str) -> Callable[[torch.device], str | None]:
         return f"this torch-npu has no {', '.join(absent)}" if absent else None
 
     return why_not
+
+
+def packages(*names: str) -> Callable[[torch.device], str | None]:
+    """The ``why_not`` of an implementation that calls these packages."""
+    return lambda device: next((reason for name in names if (reason := missing(name))), None)
+
+
+def flash_attn(device: torch.device) -> str | None:
+    """Why flash-attn cannot run; what is not causal is our Triton kernel's."""
+    return missing("flash_attn") or triton(device)
+
+
+def torch_varlen(device: torch.device) -> str | None:
+    """Why torch's own varlen kernel cannot run: it takes grouped heads from 2.13 on."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
+        return f"needs torch 2.13, this is {torch.__version__}"
+    return triton(device)

@@ -31,7 +31,7 @@ class Impl:
     """One way to run an op, imported only when chosen."""
 
     name: str
-    """``reference``, ``triton``, ``cuda``, ``npu``, ``cpu`` (torch, host reads allowed) or ``cpp``."""
+    """``reference``, ``triton``, ``cuda``, ``npu``, ``cpu`` (torch, host reads allowed), ``cpp``, or a package's."""
     target: str
     """``module:attribute``; same signature, layout and gradients as the reference."""
     devices: frozenset[str]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from unimega.kernels import registry
+from unimega.kernels import availability, registry
 from unimega.kernels.precision import widen
 
 
@@ -71,5 +71,13 @@ registry.declare(
     "rms_norm",
     registry.triton("rms_norm:rms_norm"),
     registry.npu("elementwise:rms_norm", "npu_rms_norm"),
+    registry.Impl(
+        "apex",
+        "unimega.kernels.apex:rms_norm",
+        frozenset({"cuda"}),
+        availability.packages("apex"),
+        only_named=frozenset({"cuda"}),  # a launch for each modality, and a copy
+        note="never run on hardware",
+    ),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

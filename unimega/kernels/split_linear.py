@@ -12,16 +12,20 @@ x, dx: [T, D]. y, dy: [T, O]. weights: M tensors [O, D], O the same for all; bia
 spans: M pairs (start, stop) of host ints, ascending (a shared weight: one span of all rows); rows of no span stay what
 they were in ``out`` and are undefined without it. needs: M host bools. A span without rows gives zeros, never None.
 
+``accumulate_weight(dy, x, main_grad)``, which an implementation may lack: ``main_grad += dy.T @ x`` for one span with
+rows, main_grad fp32 [O, D], dy and x in 16 bits. One GEMM: the product is not rounded in between, and the fp32 sum is
+not read and written apart.
+
 GEMMs accumulate in fp32 (a device may use less for fp32, torch's setting decides) and round once, to the dtype of x;
 ``accumulate`` rounds the sum once more. Operations: 2 T D O each. No copies: GEMMs read and write slices in place.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from unimega.kernels import registry
+from unimega.kernels import availability, registry
 
 Spans = Sequence[tuple[int, int]]
 
@@ -34,6 +38,7 @@ class SplitLinear:
     grad_input: Callable[..., torch.Tensor]
     grad_weight: Callable[..., list[torch.Tensor | None]]
     grad_bias: Callable[..., list[torch.Tensor | None]]
+    accumulate_weight: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
 
 
 def _forward(
@@ -86,4 +91,35 @@ def _grad_bias(dy: torch.Tensor, spans: Spans, needs: Sequence[bool]) -> list[to
 reference = SplitLinear(_forward, _grad_input, _grad_weight, _grad_bias)
 """The definition in plain torch."""
 
-registry.declare("split_linear", registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE))
+
+def accumulating(accumulate_weight: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]) -> SplitLinear:
+    """The definition, with weight gradients that an implementation adds to main grads by itself."""
+    return replace(reference, accumulate_weight=accumulate_weight)
+
+
+def _add_in_gemm(dy: torch.Tensor, x: torch.Tensor, main_grad: torch.Tensor) -> None:
+    torch.addmm(main_grad, dy.t(), x, out_dtype=main_grad.dtype, out=main_grad)
+
+
+addmm = accumulating(_add_in_gemm)
+"""With cuBLAS writing fp32 (``out_dtype``, torch 2.8 or later, CUDA alone)."""
+
+
+registry.declare(
+    "split_linear",
+    registry.Impl(
+        "apex",
+        "unimega.kernels.apex:split_linear",
+        frozenset({"cuda"}),
+        availability.packages("fused_weight_gradient_mlp_cuda"),
+        note="never run on hardware",
+    ),
+    registry.Impl(
+        "addmm",
+        f"{__name__}:addmm",
+        frozenset({"cuda"}),
+        only_named=frozenset({"cuda"}),
+        note="never run on hardware",
+    ),
+    registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
+)

@@ -198,7 +198,8 @@ class _Column(torch.autograd.Function):
             at = len(dweights)
             start, stop = spans[0][0], spans[-1][1]
             wanted = needs[4 + at : 4 + at + len(spans)]
-            dweights += gemms.grad_weight(dy, x_full[start:stop], _shifted(spans), wanted)
+            mine = weights[at : at + len(spans)]
+            dweights += _weight_gradients(gemms, dy, x_full[start:stop], _shifted(spans), mine, wanted)
             dbiases += gemms.grad_bias(dy, _shifted(spans), needs[4 + number + at : 4 + number + at + len(spans)])
         if reduction is not None:
             reduction.wait()
@@ -241,9 +242,37 @@ class _Row(torch.autograd.Function):
             mine = weights[at : at + len(spans)]
             dinputs.append(gemms.grad_input(rows, local, mine) if needs[place] else None)
             wanted = needs[ctx.number + at : ctx.number + at + len(spans)]
-            dweights += gemms.grad_weight(rows, h, local, wanted)
+            dweights += _weight_gradients(gemms, rows, h, local, mine, wanted)
             at += len(spans)
         return None, None, None, None, None, *dinputs, *dweights
+
+
+def _weight_gradients(
+    gemms: Any,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    spans: Spans,
+    weights: Sequence[torch.Tensor],
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients of a product's weights; where an implementation adds to fp32 main grads itself, buffers of no meaning.
+
+    megatron-core's hook adds a parameter's gradient to ``main_grad`` unless ``grad_added_to_main_grad`` says that it is
+    there, but wants to see one in both cases.
+    """
+    mains = [getattr(weight, "main_grad", None) for weight in weights]
+    fused = gemms.accumulate_weight is not None and dy.dtype in (torch.bfloat16, torch.float16)
+    wanted = [main for main, needed in zip(mains, needs, strict=True) if needed]
+    if not fused or any(main is None or main.dtype != torch.float32 for main in wanted):
+        return gemms.grad_weight(dy, x, spans, needs)
+    gradients: list[torch.Tensor | None] = []
+    for (start, stop), weight, main, needed in zip(spans, weights, mains, needs, strict=True):
+        if needed and stop > start:
+            gemms.accumulate_weight(dy[start:stop], x[start:stop], main)
+        if needed:
+            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        gradients.append(torch.empty_like(weight) if needed else None)
+    return gradients
 
 
 def _accumulate(

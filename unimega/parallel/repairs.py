@@ -1,6 +1,7 @@
 """What megatron-core 0.16 lacks on any device without TransformerEngine and Apex, put right as its modules load.
 
-Each repair asks the module itself whether it is needed: with TransformerEngine installed none is applied.
+Each repair asks the module itself whether it is needed: with TransformerEngine installed and a GPU none is applied, and
+the optimizer is TransformerEngine's FusedAdam, or Apex's where only that is there (megatron-core's own order).
 """
 
 import functools
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from unimega import backend
 from unimega.backend.import_hook import after_import
 from unimega.parallel.adamw import AdamW
 
@@ -24,6 +26,11 @@ class Repair:
     apply: Callable[[Any], None]
 
 
+def _cannot_run(adam: type) -> bool:
+    """Whether megatron-core chose TransformerEngine's or Apex's FusedAdam, which is installed here but not for this."""
+    return adam is not AdamW and not backend.current().runs_apex
+
+
 def _plug_adamw(optimizer: Any) -> None:
     optimizer.Adam = AdamW
     optimizer.USING_PYTORCH_OPTIMIZER = False
@@ -33,6 +40,7 @@ def _expect_group_steps(distrib_optimizer: Any) -> None:
     # Apex's AdamW keeps its step in the group, so megatron's code for it is the code for ours.
     distrib_optimizer.Adam = AdamW
     distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_TE_OPTIMIZER = False
     distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
@@ -56,13 +64,13 @@ REPAIRS: tuple[Repair, ...] = (
     Repair(
         "optimizer class",
         "megatron.core.optimizer",
-        lambda module: module.USING_PYTORCH_OPTIMIZER,
+        lambda module: module.USING_PYTORCH_OPTIMIZER or _cannot_run(module.Adam),
         _plug_adamw,
     ),
     Repair(
         "optimizer state",
         "megatron.core.optimizer.distrib_optimizer",
-        lambda module: not module.HAVE_APEX_OR_TE,
+        lambda module: not module.HAVE_APEX_OR_TE or _cannot_run(module.Adam),
         _expect_group_steps,
     ),
     Repair(
