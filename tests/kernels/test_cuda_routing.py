@@ -146,10 +146,17 @@ class TestLimits:
         for mine, want in zip((order.offsets, order.place, order.source), wanted_parts(wanted), strict=True):
             assert torch.equal(mine, want)
 
+    def test_ties_go_to_the_lowest_expert(self, emulated: None) -> None:
+        """Also among those of one lane, which are 32 apart."""
+        logits = torch.zeros(3, 100).index_fill_(1, torch.tensor([40, 72, 99]), 1.0)
+        _, chosen, _ = routing.route(logits, k=6)
+        assert chosen.tolist() == [[40, 72, 99, 0, 1, 2]] * 3
+
     def test_not_a_number_chooses_different_experts(self, emulated: None) -> None:
         """A slot that no row belongs to would send later kernels astray."""
-        bits = torch.tensor([-1, 0x7FC00000, -4194304, 0x3F800000], dtype=torch.int32)
+        bits = torch.tensor([-1, -1, 0x7FC00000, 0x3F800000], dtype=torch.int32)
         logits = bits[torch.randint(4, (40, 9), generator=torch.Generator().manual_seed(1))].view(torch.float32)
+        logits[:9] = bits[:1].view(torch.float32)
         _, chosen, order = routing.route(logits, k=4)
         assert bool((chosen.sort(dim=1).values.diff(dim=1) > 0).all())
         assert int(chosen.min()) >= 0 and int(chosen.max()) < 9

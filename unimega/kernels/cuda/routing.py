@@ -85,8 +85,8 @@ class _Route(torch.autograd.Function):
         real = logits[: ctx.rows].detach().requires_grad_()
         with torch.enable_grad():
             scores = score_all(real.float(), ctx.how["score"])
-            weights, _ = weigh(scores, experts[: ctx.rows].long(), **ctx.how, pads=0)
-        (d_real,) = torch.autograd.grad(weights, real, d_weights[: ctx.rows])
+            weights = weigh(scores, experts[: ctx.rows].long(), **ctx.how, pads=0)[0]
+            (d_real,) = torch.autograd.grad((weights,), (real,), (d_weights[: ctx.rows],))
         pads = logits.shape[0] - ctx.rows
         d_logits = torch.cat((d_real, d_real.new_zeros(pads, logits.shape[1]))) if pads else d_real
         return d_logits, None, None, None, None, None, None, None, None
