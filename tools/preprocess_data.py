@@ -5,8 +5,8 @@ r"""Turn files of rows into a corpus: PREFIX.bin, PREFIX.idx, PREFIX.json.
         --codebook 8192 --codes-per-image 1024 --workers 8
 
 Inputs are jsonl (plain, .gz, .zst), parquet and webdataset tar; rows are texts, captions with codes or pictures,
-conversations, instructions, ids, interleaved items. docs/data_formats.md says which rows are understood and what is
-written. Run it again after a kill: finished parts are kept in PREFIX.work, and the bytes are the same.
+conversations, instructions, ids, interleaved items. docs/preprocessing.md says which rows are understood, and
+docs/data_formats.md what is written. Run it again after a kill: finished parts are kept in PREFIX.work, and the bytes are the same.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     one = parser.add_argument_group("one source")
     one.add_argument("--input", nargs="+", metavar="FILE", help="files or globs, in the order of the corpus")
     one.add_argument("--output", "--output-prefix", metavar="PREFIX")
-    one.add_argument("--tokenizer", "--tokenizer-model", metavar="DIR", help="folder with tokenizer.json")
+    one.add_argument("--tokenizer", "--tokenizer-model", metavar="DIR", help="folder with tokenizer.json, or a .model")
     one.add_argument("--backend", choices=get_args(Backend), help="what tokenises; all give the same ids")
     one.add_argument("--kind", choices=get_args(Kind), help="what the rows are; auto: recognised row by row")
     one.add_argument(

@@ -135,6 +135,16 @@ KINDS = {
         [(CAPTION, "a"), (CODES, b"picture")],
         "both",
     ),
+    "picture in the row": (
+        {"caption": "a", "image_base64": PICTURE},  # shorter than many a path
+        [(CAPTION, "a"), (CODES, b"picture")],
+        "both",
+    ),
+    "pictures in items": (
+        {"items": ["a", {"image_bytes": PICTURE}, {"image_path": "b.png"}]},
+        [(TEXT, "a"), (CODES, b"picture"), (CODES, "/images/b.png")],
+        None,
+    ),
     "interleaved lists": (
         {"texts": ["a", None, "b"], "images": [None, "x.png", None]},
         [(TEXT, "a"), (CODES, "/images/x.png"), (TEXT, "b")],

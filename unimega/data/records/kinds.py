@@ -25,7 +25,8 @@ _KIND_OF_TYPE: dict[str, Kind] = {
     "i2t_reverse": "i2t_reverse",
 }
 _DIRECTION_OF_KIND: dict[Kind, str] = {"t2i": "t2i", "i2t": "i2t"}
-_PICTURE_FIELDS = ("image", "images", "image_path", "image_bytes", "image_base64")
+_IN_ROW_FIELDS = ("image_bytes", "image_base64")
+_PICTURE_FIELDS = ("image", "images", "image_path", *_IN_ROW_FIELDS)
 _TURN_FIELDS = ("conversations", "messages")
 _MAX_CONTENT = 1 << 26
 _OTHER_MEDIA = ("video", "videos", "audio", "voice")
@@ -167,7 +168,7 @@ def _images(fields: Mapping[str, Any], rules: Rules) -> list[Segment]:
         raise BadRow(f"codes in {codes} and a picture in {picture}. Name one of them", reason="ambiguous kind")
     if codes is not None:
         return code_lists(fields[codes], codes, rules)
-    return pictures(fields[picture], picture, rules) if picture is not None else []
+    return pictures(fields[picture], picture, rules, in_row=picture in _IN_ROW_FIELDS) if picture is not None else []
 
 
 def _text(fields: Mapping[str, Any], rules: Rules) -> Row:
@@ -312,7 +313,7 @@ def _item(item: Any, name: str, rules: Rules) -> Segment:
             value = item[picture]
             if isinstance(value, Sequence) and not isinstance(value, str | bytes):
                 return Segment(layout.MODE_IMAGE, ids=parse_codes(value, name, rules))
-            return pictures(value, name, rules)[0]
+            return pictures(value, name, rules, in_row=picture in _IN_ROW_FIELDS)[0]
         item = item.get("text")
     elif isinstance(item, Sequence) and not isinstance(item, str):
         return Segment(layout.MODE_IMAGE, ids=parse_codes(item, name, rules))

@@ -107,8 +107,11 @@ def code_lists(value: Any, name: str, rules: Rules) -> list[Segment]:
     return [Segment(layout.MODE_IMAGE, ids=parse_codes(value, name, rules))]
 
 
-def pictures(value: Any, name: str, rules: Rules) -> list[Segment]:
+def pictures(value: Any, name: str, rules: Rules, *, in_row: bool) -> list[Segment]:
     """Images from pictures: one or a list of paths, data: addresses, base64 strings, bytes, or {"bytes", "path"}.
+
+    Args:
+        in_row: the field holds the picture itself: a string is base64 however short it is, never a path.
 
     Raises:
         BadRow: none of these, or there is nothing that encodes pictures.
@@ -119,15 +122,15 @@ def pictures(value: Any, name: str, rules: Rules) -> list[Segment]:
             reason="no image tokenizer",
         )
     if isinstance(value, list):
-        return [_picture(one, f"{name}[{n}]", rules) for n, one in enumerate(value)]
-    return [_picture(value, name, rules)]
+        return [_picture(one, f"{name}[{n}]", rules, in_row=in_row) for n, one in enumerate(value)]
+    return [_picture(value, name, rules, in_row=in_row)]
 
 
-def _picture(value: Any, name: str, rules: Rules) -> Segment:
+def _picture(value: Any, name: str, rules: Rules, *, in_row: bool) -> Segment:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value:
-        if value.startswith("data:") or len(value) > _LONGEST_PATH:
+        if in_row or value.startswith("data:") or len(value) > _LONGEST_PATH:
             data = value.partition(",")[2] if value.startswith("data:") else value
             try:
                 return Segment(layout.MODE_IMAGE, picture=base64.b64decode(data, validate=True))
