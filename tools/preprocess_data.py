@@ -6,7 +6,8 @@ r"""Turn files of rows into a corpus: PREFIX.bin, PREFIX.idx, PREFIX.json.
 
 Inputs are jsonl (plain, .gz, .zst), parquet and webdataset tar; rows are texts, captions with codes or pictures,
 conversations, instructions, ids, interleaved items. docs/preprocessing.md says which rows are understood, and
-docs/data_formats.md what is written. Run it again after a kill: finished parts are kept in PREFIX.work, and the bytes are the same.
+docs/data_formats.md what is written. Run it again after a kill: finished parts are kept in PREFIX.work, and the bytes
+are the same.
 """
 
 import argparse
