@@ -103,6 +103,8 @@ class Microbatch:
     """int32 [n]: the rows whose weight is not 0, ascending: the head computes only these."""
     loss_counts: tuple[int, ...]
     """How many of ``loss_rows`` lie in each modality's slice, M host ints."""
+    step_tokens: int | None = None
+    """Tokens of the global batch without pads, for losses of routers; None: this micro-batch is the global batch."""
 
 
 def make_microbatch(

@@ -15,6 +15,7 @@ from tests import moe
 from tests.sync_guard import forbid_syncs
 from tests.tolerances import relative_error
 from unimega.config.experts import ExpertSpec
+from unimega.errors import ConfigError
 from unimega.layers.context import Call
 from unimega.moe import capacity, rows
 from unimega.moe.layer import MoE
@@ -234,5 +235,5 @@ def test_tp_is_refused() -> None:
         def size(self) -> int:
             return 2
 
-    with pytest.raises(ValueError, match="not built yet"):
+    with pytest.raises(ConfigError, match="not built yet"):
         MoE(moe.build(tp=Two()), ExpertSpec(number=4, width=8, top_k=2))

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from tests.models import PRESETS, microbatch
 from tests.unit import config_cases
 from tests.unit.data_corpora import BOI, CODEBOOK, TEXT, VOCABULARY, random_documents, write
+from unimega.config.experts import ExpertSpec
+from unimega.config.layer import LayerSpec
 from unimega.config.schema import OptimizerConfig, RunConfig, Source
 from unimega.data.plan import Recipe
 from unimega.errors import ConfigError, DataError
@@ -68,6 +70,15 @@ def test_flops_are_six_per_weight_and_token_plus_attention() -> None:
     expected = 6 * 4 * 64 * linears + 3 * 4 * attention * 2 * (documents + own)
     expected += 6 * len(batch.loss_rows) * 32 * 43
     assert step_flops(model, [batch]) == expected
+
+
+def test_flops_of_routed_experts_leave_pads_out() -> None:
+    dense, width = PRESETS["dense"], 32
+    batch = microbatch(dense, "mixed", 1)
+    experts = ExpertSpec(number=6, width=10, top_k=2, shared_width=7, shared_gate=True)
+    sparse = replace(dense, layers=(LayerSpec(experts=experts), *dense.layers[1:]))
+    more = (64 - batch.order.pads) * (6 + 3 * 2 * 10) + 64 * (3 * 7 + 1) - 64 * 3 * 24
+    assert batch.order.pads and step_flops(sparse, [batch]) - step_flops(dense, [batch]) == 6 * width * more
 
 
 def test_metrics_append_and_hold_no_nan(tmp_path) -> None:

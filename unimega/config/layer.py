@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from unimega.config.experts import ExpertSpec
+
 Sharing = Literal["shared", "split"]
 
 
@@ -19,12 +21,18 @@ class LayerSpec:
     """FFN width of each modality, in their order; empty: no split FFN. A width may be 0 beside a shared one."""
     shared_ffn: int = 0
     """Width of the FFN that every token passes; 0: none."""
+    experts: ExpertSpec | None = None
+    """Routed experts in place of the two above; their shared FFN is in their own description."""
     norms: Sharing = "shared"
     """The two norms of the layer."""
     unused_output: bool = False
     """Carry a frozen output projection per further modality that no token passes (the original MoT has one)."""
 
     def __post_init__(self) -> None:
+        if self.experts is not None:
+            if self.ffn or self.shared_ffn:
+                raise ValueError(f"experts beside another FFN: ffn={self.ffn}, shared_ffn={self.shared_ffn}")
+            return
         if not self.shared_ffn and not (self.ffn and all(self.ffn)):
             raise ValueError(f"a modality is without an FFN: ffn={self.ffn}, shared_ffn={self.shared_ffn}")
 

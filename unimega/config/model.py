@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from unimega.config.experts import ExpertSpec
 from unimega.config.layer import LayerSpec
 from unimega.config.vocabulary import Vocabulary
 from unimega.errors import CheckpointError
@@ -51,7 +52,7 @@ class ModelSpec:
         """
         try:
             vocabulary = {key: _frozen(value) for key, value in values["vocabulary"].items()}
-            layers = tuple(LayerSpec(**{key: _frozen(v) for key, v in layer.items()}) for layer in values["layers"])
+            layers = tuple(_layer(layer) for layer in values["layers"])
             rest = {key: _frozen(value) for key, value in values.items() if key not in ("vocabulary", "layers")}
             return ModelSpec(vocabulary=Vocabulary(**vocabulary), layers=layers, **rest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -59,6 +60,13 @@ class ModelSpec:
                 f"the description of the model in a checkpoint is not complete ({error}). "
                 "It is damaged or of another version of unimega."
             ) from error
+
+
+def _layer(values: dict[str, Any]) -> LayerSpec:
+    fields = {key: _frozen(value) for key, value in values.items()}
+    if fields.get("experts") is not None:
+        fields["experts"] = ExpertSpec(**{key: _frozen(value) for key, value in values["experts"].items()})
+    return LayerSpec(**fields)
 
 
 def _frozen(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The one place that turns ``LayerSpec``s into modules."""
 
 import torch
+import torch.distributed as dist
 
 from unimega.layers.attention import Attention
 from unimega.layers.block import Block
@@ -8,11 +9,12 @@ from unimega.layers.context import Build
 from unimega.layers.ffn import FFN
 from unimega.layers.norm import AddNorm, Norm
 from unimega.models.stage import Stage
+from unimega.moe.layer import MoE
 from unimega.parallel.groups import Groups
 
 
-def build_block(build: Build, index: int) -> Block:
-    """Layer ``index`` of the model, uninitialised, on the host."""
+def build_block(build: Build, index: int, *, dp: dist.ProcessGroup) -> Block:
+    """Layer ``index`` of the model, uninitialised, on the host; ``dp``: ranks that see other packs."""
     layer = build.spec.layers[index]
     split = layer.norms == "split"
     return Block(
@@ -20,7 +22,7 @@ def build_block(build: Build, index: int) -> Block:
         attention_norm=Norm(build, split=split),
         attention=Attention(build, layer),
         ffn_norm=AddNorm(build, split=split),
-        ffn=FFN(build, layer),
+        ffn=FFN(build, layer) if layer.experts is None else MoE(build, layer.experts, dp=dp),
     )
 
 
@@ -48,7 +50,7 @@ def build_stages(
             Stage(
                 build,
                 config,
-                blocks=[build_block(build, i) for i in range(first, first + layers_per_stage[number])],
+                blocks=[build_block(build, i, dp=groups.dp) for i in range(first, first + layers_per_stage[number])],
                 is_first=number == 0,
                 is_last=number == len(layers_per_stage) - 1,
                 virtual=virtual if len(layers_per_stage) > pp else None,

@@ -69,7 +69,7 @@ class Stage(PipelineStage):
         """[t, D]: the state after this stage's last layer."""
         x_tD = self.embedding(batch.tokens) if self.pre_process else self.received()
         angle = batch.order.positions.float().unsqueeze(1) * self.inverse_frequency
-        call = Call(order=batch.order, cos=angle.cos(), sin=angle.sin())
+        call = Call(order=batch.order, cos=angle.cos(), sin=angle.sin(), step_tokens=batch.step_tokens)
         saved: torch.Tensor | None = None
         for block in self.layers.values():
             if self.spec.skip and block.index == self.spec.skip[1]:

@@ -8,6 +8,7 @@ from torch import nn
 from unimega.batch import TokenOrder
 from unimega.config.experts import ExpertSpec
 from unimega.config.layer import LayerSpec
+from unimega.errors import ConfigError
 from unimega.kernels.registry import resolve
 from unimega.layers.context import Build, Call
 from unimega.layers.ffn import FFN
@@ -37,7 +38,7 @@ class MoE(nn.Module):
         dp: ranks whose micro-batches make the load of ``balance_over = "global_batch"``; None: this one's alone.
 
     Raises:
-        ValueError: tp > 1, which is not built.
+        ConfigError: tp > 1, which is not built.
 
     Losses of the router join the gradient in training (``losses.attach``). What it did is summed in ``statistics``
     over forwards that gradients are kept of: recompute counts once, evaluation not at all.
@@ -46,7 +47,9 @@ class MoE(nn.Module):
     def __init__(self, build: Build, experts: ExpertSpec, *, dp: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         if build.layout.size > 1:
-            raise ValueError(f"routed experts over tp={build.layout.size} ranks are not built yet: set tp to 1")
+            raise ConfigError(
+                f"parallel.tp={build.layout.size} cuts layers of routed experts, which is not built yet. Set it to 1."
+            )
         self.spec, self.dp = experts, dp
         self.router = Router(build, experts)
         self.experts = Experts(build, experts)

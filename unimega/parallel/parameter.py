@@ -81,9 +81,10 @@ def _mark(values: nn.Parameter, **marks: bool | int) -> None:
 def checkpoint_parts(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors that a checkpoint stores for one parameter: views of it, by key.
 
-    ``gate_up`` holds [gate; up] of this rank; a checkpoint keeps the two apart so that tp may change.
+    ``gate_up`` holds [gate; up] of this rank; a checkpoint keeps the two apart so that tp may change. Those of experts,
+    [E, 2F, D], are whole on a rank and stay together: a block of a checkpoint is a run of rows of the first dim.
     """
-    if ".gate_up." not in name:
+    if ".gate_up." not in name or values.ndim == 3:
         return {name: values}
     gate, up = values.chunk(2, 0)
     return {name.replace(".gate_up.", ".gate."): gate, name.replace(".gate_up.", ".up."): up}

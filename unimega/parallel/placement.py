@@ -1,8 +1,9 @@
 """Where each tensor of this rank lies in the global one: what megatron-core's checkpoints need to be free of layouts.
 
 Keys are parameter names; ``gate_up`` is stored as ``gate`` and ``up``; rows that were added to divide by tp are not
-stored. The state of the optimizer is cut over dp in flat ranges of this rank's shard: such a range is at most three
-rectangles (the end of a row, whole rows, the start of a row), so it is described, written and read where it lies.
+stored. The state of the optimizer is cut over dp in flat ranges of this rank's shard: such a range of a matrix is
+at most three boxes (the end of a row, whole rows, the start of a row), of the weights of experts at most five, so it is
+described, written and read where it lies.
 Nothing is gathered, and any tp, pp, vpp, layout and dp can read it.
 
 megatron-core's own ``fully_reshardable`` gathers 12 bytes per parameter on every rank, and in 0.16.1 stores shifted
@@ -10,6 +11,7 @@ states if buckets are padded: it cuts with offsets that count the padding out of
 loads under another dp only. Neither is used.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -139,38 +141,38 @@ def global_shapes(stages: Sequence[PipelineStage], groups: Groups) -> dict[str, 
     return mine
 
 
-def rectangles(start: int, end: int, columns: int) -> list[tuple[int, int, int, int]]:
-    """Elements [start, end) of a matrix of so many columns as (row, column, rows, columns), in order."""
-    found = []
+def boxes(start: int, end: int, shape: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Elements [start, end) of a tensor as boxes of it, (offset, shape), in order."""
+    if len(shape) == 1:
+        return [((start,), (end - start,))] if start < end else []
+    found, inner = [], math.prod(shape[1:])
     while start < end:
-        row, column = divmod(start, columns)
-        if column or end - start < columns:
-            width = min(columns - column, end - start)
-            found.append((row, column, 1, width))
-            start += width
+        row, within = divmod(start, inner)
+        if within or end - start < inner:
+            stop = min(inner, within + end - start)
+            found += [((row, *offset), (1, *size)) for offset, size in boxes(within, stop, shape[1:])]
+            start += stop - within
         else:
-            rows = (end - start) // columns
-            found.append((row, 0, rows, columns))
-            start += rows * columns
+            rows = (end - start) // inner
+            found.append(((row, *(0 for _ in shape[1:])), (rows, *shape[1:])))
+            start += rows * inner
     return found
 
 
 def _blocks(fragment: Fragment, state: str, values: torch.Tensor, groups: Groups) -> list[ShardedTensor]:
-    """The rectangles of one state in the global tensors."""
+    """The boxes of one state in the global tensors."""
     parameter = fragment.parameter
-    columns = parameter.shape[1] if parameter.ndim == 2 else 1
+    columns = parameter[0].numel()
     replica = (int(fragment.duplicate), 0 if sharded_dim(parameter) is not None else groups.tp.rank(), 0)
     made = []
     for part in parts(fragment.name, parameter, groups):
         first = part.first * columns
         start, end = max(fragment.start, first), min(fragment.end, first + part.rows * columns)
         taken = start - fragment.start
-        for row, column, rows, width in rectangles(start - first, end - first, columns):
-            block = values[taken : taken + rows * width]
-            taken += rows * width
-            offset: tuple[int, ...] = (part.offset[0] + row,)
-            if parameter.ndim == 2:
-                block, offset = block.view(rows, width), (*offset, part.offset[1] + column)
+        for place, size in boxes(start - first, end - first, (part.rows, *parameter.shape[1:])):
+            block = values[taken : taken + math.prod(size)].view(size)
+            taken += block.numel()
+            offset = tuple(a + b for a, b in zip(part.offset, place, strict=True))
             made.append(_tensor(f"{STATE_PREFIX}{state}.{part.key}", block, part.shape, offset, replica))
     return made
 

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from unimega.batch import Intervals, Microbatch
+from unimega.config.layer import LayerSpec
 from unimega.config.model import ModelSpec
 
 
@@ -25,11 +27,19 @@ def step_flops(spec: ModelSpec, microbatches: Sequence[Microbatch]) -> float:
         pairs = {"document": _pairs(order.documents), "own": _pairs(order.own)}
         tokens = np.asarray(order.counts, dtype=np.float64)
         for layer in spec.layers:
-            widths = np.asarray(layer.ffn or (0,) * len(tokens)) + layer.shared_ffn
-            total += 2 * float(tokens @ (projections + 3 * spec.width * widths))
+            total += 2 * (float(tokens.sum()) * projections + spec.width * _ffn(layer, tokens, order.pads))
             total += 4 * pairs[layer.scope] * attention_width
         total += 2 * len(batch.loss_rows) * spec.width * spec.vocabulary.rows
     return 3 * total
+
+
+def _ffn(layer: LayerSpec, tokens: npt.NDArray[np.float64], pads: int) -> float:
+    """Weights passed, per unit of model width, by all tokens [M]; routed experts are passed by all but pads."""
+    experts = layer.experts
+    if experts is None:
+        return 3 * float(tokens @ (np.asarray(layer.ffn or (0,) * len(tokens)) + layer.shared_ffn))
+    routed = (float(tokens.sum()) - pads) * (experts.number + 3 * experts.top_k * experts.width)
+    return routed + float(tokens.sum()) * (3 * experts.shared_width + experts.shared_gate)
 
 
 def _pairs(intervals: Intervals) -> float:
