@@ -6,6 +6,7 @@ import torch
 
 from unimega.batch import TokenOrder
 from unimega.config.model import ModelSpec
+from unimega.parallel.experts import ExpertLayout
 from unimega.parallel.linear import Layout
 
 
@@ -18,6 +19,8 @@ class Build:
     device: torch.device
     kernels: dict[str, str] = field(default_factory=dict)
     """op -> implementation; absent: auto."""
+    experts: ExpertLayout | None = None
+    """Ranks that share a layer's experts; None: every rank holds all of them, whole."""
     selective_recompute: bool = False
     """Keep the outputs of the linears only: attention and SwiGLU run again in backward."""
 
