@@ -127,7 +127,7 @@ def _candidates(fields: Mapping[str, Any], *, images: bool) -> list[_Candidate]:
         found.append(_Candidate("interleaved", "items"))
     elif isinstance(fields.get("texts"), Sequence) and not isinstance(fields["texts"], str):
         found.append(_Candidate("interleaved", "texts"))
-    found += [_Candidate("conversations", name) for name in _TURN_FIELDS if fields.get(name) is not None]
+    found += [_Candidate("conversations", name) for name in _TURN_FIELDS if _holds(fields, name)]
     if not absent(fields.get("instruction")) and fields.get("output") is not None:
         found.append(_Candidate("alpaca", "instruction"))
     has_image = images and (_codes_field(fields) is not None or _picture_field(fields) is not None)
@@ -151,8 +151,18 @@ def _codes_field(fields: Mapping[str, Any]) -> str | None:
     return names[0] if names else None
 
 
+def _holds(fields: Mapping[str, Any], name: str) -> bool:
+    """Whether a field has content: corpora of fixed columns write an empty list where a row has no turns or pictures."""
+    value = fields.get(name)
+    return not absent(value) and not (isinstance(value, Sequence) and not len(value))
+
+
+def _turn_field(fields: Mapping[str, Any]) -> str | None:
+    return next((name for name in _TURN_FIELDS if _holds(fields, name)), None)
+
+
 def _picture_field(fields: Mapping[str, Any]) -> str | None:
-    names = [name for name in _PICTURE_FIELDS if name in fields and not absent(fields[name])]
+    names = [name for name in _PICTURE_FIELDS if _holds(fields, name)]
     if len(names) > 1:
         raise BadRow(f"pictures in more than one field: {', '.join(names)}", reason="ambiguous kind")
     return names[0] if names else None
@@ -204,7 +214,7 @@ def _one_image(fields: Mapping[str, Any], rules: Rules) -> Segment:
 
 def _pair(kind: Kind) -> Callable[[Mapping[str, Any], Rules], Row]:
     def build(fields: Mapping[str, Any], rules: Rules) -> Row:
-        told = fields.get("conversations") is not None or turns.has_marks(fields.get("text"))
+        told = _turn_field(fields) is not None or turns.has_marks(fields.get("text"))
         if kind == "i2t" and told:  # the seeds use i2t for questions about one image as well
             return _questions(fields, rules)
         image = _one_image(fields, rules)
@@ -235,16 +245,16 @@ def _questions(fields: Mapping[str, Any], rules: Rules) -> Row:
 
 
 def _turns(fields: Mapping[str, Any]) -> list[turns.Turn]:
-    name = next((name for name in _TURN_FIELDS if fields.get(name) is not None), None)
+    name = _turn_field(fields)
     if name is not None:
         return turns.conversation(fields[name], name)
     return turns.turn_string(_caption(fields), "text")
 
 
 def _conversations(fields: Mapping[str, Any], rules: Rules) -> Row:
-    name = next((name for name in _TURN_FIELDS if fields.get(name) is not None), None)
+    name = _turn_field(fields)
     if name is None:
-        raise BadRow("no field conversations or messages", reason="field missing")
+        raise BadRow("no field conversations or messages holds turns", reason="field missing")
     return Row(turns.document(turns.conversation(fields[name], name), _images(fields, rules)))
 
 
