@@ -200,7 +200,7 @@ AMBIGUOUS = {
     "alpaca and text": ({"instruction": "a", "output": "b", "text": "c"}, "alpaca .* or text"),
     "turns and text": ({"conversations": [HUMAN, GPT], "text": "c"}, "conversations .* or text"),
     "ids and codes": ({"input_ids": [1], "codes": IMAGE}, "input_ids .* or image_text"),
-    "two conversations": ({"conversations": [HUMAN, GPT], "messages": [{}]}, "field conversations.* or .*field messages"),
+    "two conversations": ({"conversations": [HUMAN, GPT], "messages": [{}]}, "conversations.* or .*messages"),
     "two codes": ({"caption": "a", "codes": IMAGE, "vqcode_512": IMAGE}, "codes in more than one field: codes, vqcode"),
     "two captions": ({"caption": "a", "text": "b", "codes": IMAGE}, "caption and text differ. Name one"),
     "codes and picture": ({"caption": "a", "codes": IMAGE, "image": "x"}, "codes in codes and a picture in image"),

@@ -152,7 +152,7 @@ def _codes_field(fields: Mapping[str, Any]) -> str | None:
 
 
 def _holds(fields: Mapping[str, Any], name: str) -> bool:
-    """Whether a field has content: corpora of fixed columns write an empty list where a row has no turns or pictures."""
+    """Whether a field has content; corpora of fixed columns write an empty list for no turns or pictures."""
     value = fields.get(name)
     return not absent(value) and not (isinstance(value, Sequence) and not len(value))
 
