@@ -111,8 +111,12 @@ RULES = [
     ),
     ({}, {"parallel": {"tp": 0}}, "parallel.tp=0: a parallel size is at least 1."),
     ({}, {"parallel": {"cp": 2}}, "parallel.cp=2: context parallelism is not built yet. Set parallel.cp = 1."),
-    ({}, {"parallel": {"ep": 2}}, "parallel.ep=2: expert parallelism is not built yet. Set parallel.ep = 1."),
-    ({}, {"parallel": {"etp": 2}}, "parallel.etp=2: expert parallelism is not built yet. Set parallel.etp = 1."),
+    ({}, {"parallel": {"ep": 2}}, "parallel.ep=2: the model has no routed experts to cut. Set parallel.ep = 1."),
+    (
+        {},
+        {"parallel": {"tp": 2, "etp": 2}},
+        "parallel.etp=2: the model has no routed experts to cut. Set parallel.etp = 1.",
+    ),
     (
         {},
         {"parallel": {"sequence_parallel": True}},

@@ -31,6 +31,7 @@ def check_parallel(model: ModelSpec, parallel: ParallelConfig, *, world_size: in
     for rule in (_sizes, _not_built, _sequence_parallel, _virtual_stages):
         rule(parallel)
     _world(parallel, world_size)
+    _experts(model, parallel, world_size)
     _heads(model, parallel)
     _ffn_widths(model, parallel)
     _skip(model, parallel)
@@ -85,9 +86,8 @@ def _sizes(parallel: ParallelConfig) -> None:
 
 
 def _not_built(parallel: ParallelConfig) -> None:
-    for name, what in (("cp", "context parallelism"), ("ep", "expert parallelism"), ("etp", "expert parallelism")):
-        if (size := getattr(parallel, name)) > 1:
-            raise ConfigError(f"parallel.{name}={size}: {what} is not built yet. Set parallel.{name} = 1.")
+    if parallel.cp > 1:
+        raise ConfigError(f"parallel.cp={parallel.cp}: context parallelism is not built yet. Set parallel.cp = 1.")
 
 
 def _sequence_parallel(parallel: ParallelConfig) -> None:
@@ -139,6 +139,36 @@ def _ffn_widths(model: ModelSpec, parallel: ParallelConfig) -> None:
             )
 
 
+def _experts(model: ModelSpec, parallel: ParallelConfig, world_size: int) -> None:
+    """Experts are cut over ep and their widths over etp; both together cut the ranks of a pipeline stage."""
+    ep, etp, tp = parallel.ep, parallel.etp, parallel.tp
+    sparse = [(number, layer.experts) for number, layer in enumerate(model.layers) if layer.experts is not None]
+    for name, size in (("ep", ep), ("etp", etp)):
+        if size > 1 and not sparse:
+            raise ConfigError(
+                f"parallel.{name}={size}: the model has no routed experts to cut. Set parallel.{name} = 1."
+            )
+    if etp not in (1, tp):
+        raise ConfigError(f"parallel.etp={etp} is neither 1 nor parallel.tp={tp}. Set it to one of the two.")
+    ranks = world_size // (parallel.pp * parallel.cp)
+    if ranks % (ep * etp):
+        raise ConfigError(
+            f"parallel.ep={ep} * etp={etp} = {ep * etp} does not divide the {ranks} rank(s) of a pipeline stage "
+            f"(dp={ranks // tp} * tp={tp}). Pick an ep that divides {ranks // etp}."
+        )
+    for number, experts in sparse:
+        if experts.number % ep:
+            raise ConfigError(
+                f"parallel.ep={ep} does not divide the {experts.number} experts of layer {number}. Pick a divisor."
+            )
+        for what, width, size in (("FFN", experts.width, etp), ("shared FFN", experts.shared_width, tp)):
+            if width % size:
+                raise ConfigError(
+                    f"{what} width {width} of the experts of layer {number} is not divisible by "
+                    f"parallel.{'etp' if what == 'FFN' else 'tp'}={size}. Pick a divisor."
+                )
+
+
 def _widths(layers: tuple[LayerSpec, ...]) -> Iterator[tuple[int, int]]:
     for number, layer in enumerate(layers):
         for width in (*layer.ffn, layer.shared_ffn):
@@ -172,11 +202,13 @@ def _batch(config: RunConfig, world_size: int) -> None:
 
 def _tokens(config: RunConfig) -> None:
     tokens = config.data.pack_length * config.training.micro_batch_packs
-    if config.parallel.sequence_parallel and tokens % config.parallel.tp:
+    sparse = any(layer.experts is not None for layer in presets.model_spec(config.model).layers)
+    if tokens % config.parallel.tp and (config.parallel.sequence_parallel or sparse):
+        reason = "sequence_parallel needs" if config.parallel.sequence_parallel else "routed experts need"
         raise ConfigError(
             f"data.pack_length={config.data.pack_length} * training.micro_batch_packs="
             f"{config.training.micro_batch_packs} = {tokens} tokens are not divisible by parallel.tp="
-            f"{config.parallel.tp}, as sequence_parallel needs. Change the pack length."
+            f"{config.parallel.tp}, as {reason}. Change the pack length."
         )
 
 

@@ -135,7 +135,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the ranks are cut up. dp is what is left: world / (tp * cp * pp)."""
+    """How the ranks are cut up. dp is what is left: world / (tp * cp * pp); ep and etp cut dp * tp once more."""
 
     tp: int = 1
     """Tensor-parallel size: ranks that share each layer's weights."""
@@ -152,7 +152,10 @@ class ParallelConfig:
     ep: int = 1
     """Expert-parallel size: ranks that share one layer's experts."""
     etp: int = 1
-    """Tensor-parallel size inside experts."""
+    """Tensor-parallel size inside experts: 1, or tp."""
+    dispatch: Literal["alltoall", "allgather"] = "alltoall"
+    """Rows go to the ranks of their experts alone, for which the host reads their numbers once per layer (alltoall),
+    or to all ranks of ep, which sends more and waits for nothing (allgather)."""
     overlap: bool = True
     """Reduce gradients and gather parameters while computing."""
     timeout_minutes: float = 30.0

@@ -11,7 +11,7 @@ from unimega.config.schema import ParallelConfig
 
 @dataclass(frozen=True)
 class Groups:
-    """The axes of the mesh [pp, dp, cp, tp] (tp fastest) as seen from this rank."""
+    """The axes of the mesh [pp, dp, cp, tp] (tp fastest), and of [pp, expert_dp, ep, etp], as seen from this rank."""
 
     tp: dist.ProcessGroup
     """Ranks that share one layer's weights."""
@@ -19,6 +19,12 @@ class Groups:
     """Ranks that hold the stages of one copy of the model."""
     dp: dist.ProcessGroup
     """Ranks that hold the same weights and see different packs (cp is 1 until it is built)."""
+    ep: dist.ProcessGroup
+    """Ranks that share a layer's experts."""
+    etp: dist.ProcessGroup
+    """Ranks that share the width of each expert."""
+    expert_dp: dist.ProcessGroup
+    """Ranks that hold the same part of the same experts and see different tokens."""
     collection: ProcessGroupCollection
     """The same and more in megatron-core's form, for its own calls."""
 
@@ -45,7 +51,15 @@ def initialize(parallel: ParallelConfig, *, seed: int = 1) -> Groups:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     collection = ProcessGroupCollection.use_mpu_process_groups()
-    return Groups(tp=collection.tp, pp=collection.pp, dp=collection.dp_cp, collection=collection)
+    return Groups(
+        tp=collection.tp,
+        pp=collection.pp,
+        dp=collection.dp_cp,
+        ep=collection.ep,
+        etp=collection.expt_tp,
+        expert_dp=collection.expt_dp,
+        collection=collection,
+    )
 
 
 def destroy() -> None:

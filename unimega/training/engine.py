@@ -21,6 +21,7 @@ from unimega.kernels import registry
 from unimega.layers.context import Build
 from unimega.models.build import build_stages
 from unimega.parallel import checkpoint, groups, initialize, optimizer, pipeline, replicas
+from unimega.parallel.experts import ExpertLayout
 from unimega.parallel.linear import Layout
 from unimega.parallel.megatron_config import transformer_config
 from unimega.parallel.parameter import main_grad
@@ -102,6 +103,7 @@ class Engine:
             layout=Layout(tp=self.groups.tp, sequence_parallel=self.config.sequence_parallel),
             device=self.backend.device,
             kernels=_known(kernels or {}, self.backend.device),
+            experts=ExpertLayout(self.groups.ep, self.groups.etp, parallel.dispatch),
             selective_recompute=recompute == "selective",
         )
         self.stages = build_stages(
