@@ -34,6 +34,7 @@ DENSE = {"preset": "dense", "encode_layers": None, "decode_layers": None}
 SHARE = {"preset": "share", "shared_ffn_width": 48}
 MOE_HARD = {**DENSE, "preset": "moe_hard", "split_every": 2}
 MOT = {**DENSE, "preset": "mot"}
+MOE = {**DENSE, "preset": "moe", "experts": 8, "top_k": 2}
 QWEN2 = {
     "model_type": "qwen2",
     "vocab_size": 160,

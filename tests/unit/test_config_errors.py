@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.config_cases import QWEN3, ROOT, base, enter_empty_folder, line_of
+from tests.unit.test_config_experts import RULES as OF_EXPERTS
 from tests.unit.test_config_rules import RULES
 from unimega.config import loader
 from unimega.config.hf_config import model_keys
@@ -174,9 +175,14 @@ def test_files_that_do_not_parse(name, content, start):
 
 
 HUGGING_FACE = [
-    ({"model_type": "llama"}, "c: model_type='llama' is unknown. Model types: qwen2, qwen3."),
+    ({"model_type": "gpt2"}, "c: model_type='gpt2' is unknown. Model types: qwen2, qwen3, llama, qwen3_moe, mixtral."),
+    ({"mlp_bias": True}, "c: mlp_bias=true is not supported. The FFN has no biases."),
+    (
+        {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 8, "mlp_only_layers": 1},
+        "c: 'mlp_only_layers' wants a list of int, found 1.",
+    ),
     ({"hidden_act": "gelu"}, "c: hidden_act='gelu' is not supported. The FFN is SwiGLU: hidden_act must be 'silu'."),
-    ({"head_dim": None}, "c: 'head_dim' wants a positive int, found None. Is this a Qwen2 or Qwen3 config.json?"),
+    ({"head_dim": None}, "c: 'head_dim' wants a positive int, found None. Is this the config.json of a qwen3?"),
     (
         {"rope_scaling": {"type": "yarn", "factor": 4}},
         "c: rope scaling 'yarn' is not supported. Only rope_type 'default' is.",
@@ -211,9 +217,12 @@ def test_hugging_face_configs_that_are_refused(changes, line):
     assert str(caught.value) == line
 
 
-@pytest.mark.parametrize("name", ["strict", "loader", "hf_config", "rules", "model_rules"])
+@pytest.mark.parametrize("name", ["strict", "loader", "hf_config", "rules", "model_rules", "expert_keys"])
 def test_every_error_text_is_in_a_table_above(name):
-    tables = (IN_FILE, RULES, ON_COMMAND_LINE, NO_FILE, UNREADABLE, HUGGING_FACE)
+    of_hf_config = [
+        "model.preset='dense' has no routed experts, but model.hf_config='a' describes 6 of them. Use preset moe."
+    ]
+    tables = (IN_FILE, RULES, OF_EXPERTS, [of_hf_config], ON_COMMAND_LINE, NO_FILE, UNREADABLE, HUGGING_FACE)
     lines = [row[-1] for table in tables for row in table]
     tree = ast.parse((ROOT / "unimega" / "config" / f"{name}.py").read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "ConfigError"]

@@ -11,9 +11,7 @@ def in_empty_folder(tmp_path, monkeypatch):
 
 
 RULES = [
-    ({"preset": "unx"}, {}, "model.preset='unx' is unknown. Presets: dense, unix, share, moe_hard, mot."),
-    ({"preset": "moe"}, {}, "model.preset='moe' is not built yet. Presets: dense, unix, share, moe_hard, mot."),
-    ({"preset": "unimoe"}, {}, "model.preset='unimoe' is not built yet. Presets: dense, unix, share, moe_hard, mot."),
+    ({"preset": "unx"}, {}, "model.preset='unx' is unknown. Presets: dense, unix, share, moe_hard, mot, moe, unimoe."),
     (
         {"shared_ffn_width": 8},
         {},

@@ -1,10 +1,17 @@
-"""The ``[model]`` keys that a Hugging Face config.json of a dense Qwen2 or Qwen3 implies."""
+"""The ``[model]`` keys that a Hugging Face config.json implies."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from unimega.errors import ConfigError
 
+TYPES = ("qwen2", "qwen3", "llama", "qwen3_moe", "mixtral")
+"""Model types of transformers."""
+_HEAD_WIDTH_FOLLOWS = ("qwen2", "llama", "qwen3_moe", "mixtral")
+"""An absent head_dim is hidden_size / num_attention_heads."""
+_EPSILON = {"mixtral": 1e-5}
+_THETA = {"llama": 1e4}
+"""What transformers takes where a file has no value; 1e-6, and an error."""
 KEYS = frozenset(
     {
         "num_layers",
@@ -22,7 +29,9 @@ KEYS = frozenset(
         "rope_theta",
     }
 )
-"""What ``model_keys`` returns."""
+"""What ``model_keys`` returns of every model."""
+EXPERT_KEYS = frozenset({"experts", "expert_width", "top_k", "normalize_weights", "dense_layers", "sparse_every"})
+"""What it returns beside them of one with routed experts."""
 
 
 def model_keys(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -36,43 +45,64 @@ def model_keys(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         ConfigError: a field is missing, or asks for something that the engine does not do.
     """
     kind = values.get("model_type")
-    if kind not in ("qwen2", "qwen3"):
-        raise ConfigError(f"{where}: model_type={kind!r} is unknown. Model types: qwen2, qwen3.")
+    if kind not in TYPES:
+        raise ConfigError(f"{where}: model_type={kind!r} is unknown. Model types: {', '.join(TYPES)}.")
     if (act := values.get("hidden_act", "silu")) != "silu":
         raise ConfigError(
             f"{where}: hidden_act={act!r} is not supported. The FFN is SwiGLU: hidden_act must be 'silu'."
         )
+    if values.get("mlp_bias"):
+        raise ConfigError(f"{where}: mlp_bias=true is not supported. The FFN has no biases.")
     layers = _need(values, "num_hidden_layers", where=where)
     _refuse_sliding_windows(values, layers, where=where)
     width, heads = _need(values, "hidden_size", where=where), _need(values, "num_attention_heads", where=where)
     head_width = values.get("head_dim")
-    if head_width is None and kind == "qwen2" and width % heads == 0:
+    if head_width is None and kind in _HEAD_WIDTH_FOLLOWS and width % heads == 0:
         head_width = width // heads
     elif head_width is None:
         head_width = _need(values, "head_dim", where=where)
-    bias = bool(values.get("attention_bias", False))
-    return {
+    bias = kind != "mixtral" and bool(values.get("attention_bias", False))
+    keys = {
         "num_layers": layers,
         "width": width,
         "heads": heads,
-        "kv_heads": _need(values, "num_key_value_heads", where=where),
+        "kv_heads": _need(values, "num_key_value_heads", where=where, default=heads if kind == "llama" else None),
         "head_width": head_width,
         "ffn_width": _need(values, "intermediate_size", where=where),
-        "qk_norm": kind == "qwen3",
+        "qk_norm": kind in ("qwen3", "qwen3_moe"),
         "qkv_bias": kind == "qwen2" or bias,
-        "output_bias": kind == "qwen3" and bias,
-        "norm_eps": values.get("rms_norm_eps", 1e-6),
-        "rope_theta": _rope_theta(values, where=where),
+        "output_bias": kind != "qwen2" and bias,
+        "norm_eps": values.get("rms_norm_eps", _EPSILON.get(kind, 1e-6)),
+        "rope_theta": _rope_theta(values, _THETA.get(kind), where=where),
         "tied": values.get("tie_word_embeddings", False),
         "vision_offset": _need(values, "vocab_size", where=where),
     }
+    return keys | (_experts(values, kind, where=where) if kind in ("qwen3_moe", "mixtral") else {})
 
 
-def _need(values: Mapping[str, Any], name: str, *, where: str) -> int:
-    value = values.get(name)
+def _experts(values: Mapping[str, Any], kind: str, *, where: str) -> dict[str, Any]:
+    """A Mixtral's layers all have experts, whose weights always sum to 1; both spell their number in two ways."""
+    name = next((one for one in ("num_experts", "num_local_experts") if one in values), "num_experts")
+    is_mixtral = kind == "mixtral"
+    dense = None if is_mixtral else values.get("mlp_only_layers") or []
+    if dense is not None and not (isinstance(dense, list) and all(type(one) is int for one in dense)):
+        raise ConfigError(f"{where}: 'mlp_only_layers' wants a list of int, found {dense!r}.")
+    return {
+        "experts": _need(values, name, where=where),
+        "expert_width": _need(values, "intermediate_size" if is_mixtral else "moe_intermediate_size", where=where),
+        "top_k": _need(values, "num_experts_per_tok", where=where),
+        "normalize_weights": is_mixtral or bool(values.get("norm_topk_prob", False)),
+        "dense_layers": tuple(dense or ()),
+        "sparse_every": 1 if is_mixtral else _need(values, "decoder_sparse_step", where=where, default=1),
+    }
+
+
+def _need(values: Mapping[str, Any], name: str, *, where: str, default: int | None = None) -> int:
+    value = values.get(name, default)
     if type(value) is not int or value < 1:
+        kind = values.get("model_type")
         raise ConfigError(
-            f"{where}: {name!r} wants a positive int, found {value!r}. Is this a Qwen2 or Qwen3 config.json?"
+            f"{where}: {name!r} wants a positive int, found {value!r}. Is this the config.json of a {kind}?"
         )
     return value
 
@@ -83,13 +113,16 @@ def _refuse_sliding_windows(values: Mapping[str, Any], layers: int, *, where: st
     if kinds is not None:
         sliding = any(kind != "full_attention" for kind in kinds) if isinstance(kinds, list) else True
     else:
-        on = values.get("use_sliding_window", False) and values.get("sliding_window") is not None
-        sliding = bool(on) and values.get("max_window_layers", 28) < layers
+        kind = values.get("model_type")
+        switched_on = kind == "mixtral" or values.get("use_sliding_window", False)  # a Mixtral has no switch
+        everywhere = kind in ("mixtral", "qwen3_moe")  # they do not look at max_window_layers
+        some = everywhere or values.get("max_window_layers", 28) < layers
+        sliding = bool(switched_on) and values.get("sliding_window") is not None and some
     if sliding:
         raise ConfigError(f"{where}: sliding-window attention is not supported. Every layer must use full attention.")
 
 
-def _rope_theta(values: Mapping[str, Any], *, where: str) -> float:
+def _rope_theta(values: Mapping[str, Any], default: float | None, *, where: str) -> float:
     """transformers 4 writes ``rope_theta`` and ``rope_scaling``, 5 writes ``rope_parameters``; a file may have both."""
     parameters, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     for table in (parameters, scaling):
@@ -98,6 +131,7 @@ def _rope_theta(values: Mapping[str, Any], *, where: str) -> float:
         if kind != "default":
             raise ConfigError(f"{where}: rope scaling {kind!r} is not supported. Only rope_type 'default' is.")
     given = [theta for theta in (parameters.get("rope_theta"), values.get("rope_theta")) if theta is not None]
+    given = given or ([] if default is None else [default])
     if not given or any(not isinstance(theta, int | float) or theta != given[0] for theta in given):
         what = " and ".join(repr(theta) for theta in given) or "no value"
         raise ConfigError(f"{where}: rope_theta has {what}. Give one number, equal in rope_parameters and rope_theta.")

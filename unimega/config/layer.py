@@ -64,6 +64,11 @@ def moe_hard(num_layers: int, *, ffn: tuple[int, ...], every: int) -> tuple[Laye
     return tuple(split if (i + 1) % every == 0 else LayerSpec(shared_ffn=ffn[0]) for i in range(num_layers))
 
 
+def moe(sparse: tuple[bool, ...], *, experts: ExpertSpec, ffn: int) -> tuple[LayerSpec, ...]:
+    """Routed experts in the layers that are ``sparse``, one FFN of width ``ffn`` in the others."""
+    return tuple(LayerSpec(experts=experts) if one else LayerSpec(shared_ffn=ffn) for one in sparse)
+
+
 def mot(
     num_layers: int, *, ffn: tuple[int, ...], output_projection: Sharing, unused_output: bool = False
 ) -> tuple[LayerSpec, ...]:

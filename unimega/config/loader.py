@@ -48,7 +48,7 @@ def resolve(values: Mapping[str, Any], *, where: str) -> RunConfig:
     """Fill in what a Hugging Face folder and the defaults give; ``values`` have passed ``strict.partial``."""
     model = values.get("model", {})
     path = model.get("hf_config", "")
-    if path and hf_config.KEYS - model.keys():
+    if path and (hf_config.KEYS | hf_config.EXPERT_KEYS) - model.keys():
         file = os.path.join(path, "config.json") if os.path.isdir(path) else path
         implied = hf_config.model_keys(read_file(file, key="model.hf_config", is_json=True), where=file)
         model = strict.merge(strict.partial(ModelConfig, implied, prefix="model.", where=file), model)

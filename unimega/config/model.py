@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from unimega.config.experts import ExpertSpec
 from unimega.config.layer import LayerSpec
+from unimega.config.schema import Lora
 from unimega.config.vocabulary import Vocabulary
 from unimega.errors import CheckpointError
 
@@ -33,6 +34,8 @@ class ModelSpec:
     init_head: float = 0.02
     init_vision: Literal["random", "text"] = "random"
     """``text``: split weights of the other modalities start equal to text's."""
+    lora: Lora | None = None
+    """Factors beside weights; None: there are none."""
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -53,8 +56,13 @@ class ModelSpec:
         try:
             vocabulary = {key: _frozen(value) for key, value in values["vocabulary"].items()}
             layers = tuple(_layer(layer) for layer in values["layers"])
-            rest = {key: _frozen(value) for key, value in values.items() if key not in ("vocabulary", "layers")}
-            return ModelSpec(vocabulary=Vocabulary(**vocabulary), layers=layers, **rest)
+            lora = values.get("lora")
+            made: dict[str, Any] = {
+                "vocabulary": Vocabulary(**vocabulary),
+                "layers": layers,
+                "lora": None if lora is None else Lora(**{key: _frozen(value) for key, value in lora.items()}),
+            }
+            return ModelSpec(**made, **{key: _frozen(value) for key, value in values.items() if key not in made})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"the description of the model in a checkpoint is not complete ({error}). "

@@ -1,9 +1,10 @@
 """Rules between the keys of ``[model]``."""
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 
-from unimega.config import presets
-from unimega.config.schema import ModelConfig
+from unimega.config import expert_keys, lora, presets
+from unimega.config.schema import Lora, ModelConfig
 from unimega.errors import ConfigError
 
 OWN_KEYS = {
@@ -13,12 +14,14 @@ OWN_KEYS = {
     "output_projection": ("mot",),
     "encode_layers": ("unix", "share"),
     "decode_layers": ("unix", "share"),
+    **dict.fromkeys(expert_keys.OWN_KEYS, expert_keys.PRESETS),
 }
 """Keys that only some presets read."""
 REQUIRED = {
     "unix": ("encode_layers", "decode_layers"),
     "share": ("encode_layers", "decode_layers", "shared_ffn_width"),
     "moe_hard": ("split_every",),
+    **expert_keys.REQUIRED,
 }
 AT_LEAST = (
     ("num_layers", 1),
@@ -32,6 +35,16 @@ AT_LEAST = (
     ("vision_ffn_width", 0),
     ("shared_ffn_width", 0),
     ("split_every", 1),
+    ("experts", 1),
+    ("expert_width", 1),
+    ("top_k", 1),
+    ("groups", 1),
+    ("group_topk", 1),
+    ("sparse_every", 1),
+    ("shared_expert_width", 0),
+    ("bias_rate", 0),
+    ("balance_weight", 0),
+    ("z_weight", 0),
     ("encode_layers", 0),
     ("decode_layers", 0),
     ("skip_from", -1),
@@ -49,8 +62,6 @@ def check(model: ModelConfig) -> None:
 
 
 def _preset(model: ModelConfig) -> None:
-    if model.preset in ("moe", "unimoe"):
-        raise ConfigError(f"model.preset={model.preset!r} is not built yet. Presets: {', '.join(presets.PRESETS)}.")
     if model.preset not in presets.PRESETS:
         raise ConfigError(f"model.preset={model.preset!r} is unknown. Presets: {', '.join(presets.PRESETS)}.")
 
@@ -58,6 +69,11 @@ def _preset(model: ModelConfig) -> None:
 def _own_keys(model: ModelConfig) -> None:
     for name, owners in OWN_KEYS.items():
         if (value := getattr(model, name)) is not None and model.preset not in owners:
+            if model.hf_config and name == "experts":
+                raise ConfigError(
+                    f"model.preset={model.preset!r} has no routed experts, but model.hf_config={model.hf_config!r} "
+                    f"describes {value} of them. Use preset moe."
+                )
             raise ConfigError(
                 f"model.{name}={value!r} is not a key of preset {model.preset!r}, only of {' and '.join(owners)}. "
                 "Remove it."
@@ -83,8 +99,8 @@ def _at_least(model: ModelConfig) -> None:
     for name, least in AT_LEAST:
         if (value := getattr(model, name)) is not None and value < least:
             raise ConfigError(f"model.{name}={value} is too small. It is at least {least}.")
-    for name in ("norm_eps", "rope_theta"):
-        if (value := getattr(model, name)) <= 0:
+    for name in ("norm_eps", "rope_theta", "routed_scale"):
+        if (value := getattr(model, name)) is not None and value <= 0:
             raise ConfigError(f"model.{name}={value} is too small. It is above 0.")
     for name in ("embedding", "linear", "head"):
         if (value := getattr(model.init, name)) < 0:
@@ -125,6 +141,11 @@ def _every_token_has_an_ffn(model: ModelConfig) -> None:
         )
 
 
+def _experts(model: ModelConfig) -> None:
+    if model.preset in expert_keys.PRESETS:
+        expert_keys.check(model, presets.modalities(model))
+
+
 def _skip(model: ModelConfig) -> None:
     matching = min(model.encode_layers or 0, model.decode_layers or 0)
     if model.skip_from >= matching:
@@ -161,6 +182,30 @@ def _init_vision(model: ModelConfig) -> None:
         )
 
 
+def _lora(model: ModelConfig) -> None:
+    """Signs first: the patterns are held to the linears of a model that can be built."""
+    own, default = model.lora, Lora()
+    if own.rank < 0:
+        raise ConfigError(f"model.lora.rank={own.rank} is negative. It is at least 1, or 0 for no factors.")
+    if not own.rank:
+        for name in ("match", "alpha", "dropout"):
+            if (value := getattr(own, name)) != getattr(default, name):
+                raise ConfigError(f"model.lora.{name}={value!r} without factors: model.lora.rank is 0. Set a rank.")
+        return
+    if own.alpha <= 0:
+        raise ConfigError(f"model.lora.alpha={own.alpha} is too small. It is above 0.")
+    if not 0 <= own.dropout < 1:
+        raise ConfigError(f"model.lora.dropout={own.dropout} is no share. It is at least 0 and below 1.")
+    if not own.match:
+        raise ConfigError("model.lora.match is empty: no linear would have factors. Name some, or set rank to 0.")
+    names = lora.linears(presets.layers(model))
+    for pattern in own.match:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"model.lora.match={pattern!r} matches no linear. Linears: {', '.join(lora.kinds(names))}."
+            )
+
+
 RULES: tuple[Callable[[ModelConfig], None], ...] = (
     _preset,
     _own_keys,
@@ -168,8 +213,10 @@ RULES: tuple[Callable[[ModelConfig], None], ...] = (
     _at_least,
     _heads,
     _split_layers,
+    _experts,
     _every_token_has_an_ffn,
     _skip,
     _vocabulary,
     _init_vision,
+    _lora,
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from unimega.config import layer
+from unimega.config import expert_keys, layer
 from unimega.config.layer import LayerSpec
 from unimega.config.model import ModelSpec
 from unimega.config.schema import ModelConfig
@@ -68,6 +68,7 @@ def model_spec(config: ModelConfig, *, vision_ids: tuple[int, ...] = ()) -> Mode
         init_linear=config.init.linear,
         init_head=config.init.head,
         init_vision=config.init_vision,
+        lora=config.lora if config.lora.rank else None,
     )
 
 
@@ -118,11 +119,18 @@ def _mot(config: ModelConfig) -> Layers:
     )
 
 
+def _moe(config: ModelConfig) -> Layers:
+    experts = expert_keys.expert_spec(config, modalities(config))
+    return layer.moe(expert_keys.sparse_layers(config), experts=experts, ffn=config.ffn_width)
+
+
 PRESETS: dict[str, Callable[[ModelConfig], Layers]] = {
     "dense": _dense,
     "unix": _unix,
     "share": _share,
     "moe_hard": _moe_hard,
     "mot": _mot,
+    "moe": _moe,
+    "unimoe": _moe,
 }
 """Preset name -> its layers."""

@@ -21,13 +21,28 @@ class Init:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank factors beside the weights of linears: y = x W^T + alpha / rank * dropout(x) A^T B^T."""
+
+    rank: int = 0
+    """Rows of A and columns of B, per projection; 0: no factors, and no other key here."""
+    alpha: float = 16.0
+    """Their product counts alpha / rank times."""
+    dropout: float = 0.0
+    """Share of the values of x that A does not see, in training."""
+    match: tuple[str, ...] = ("*",)
+    """Patterns of the names of linears that have factors, e.g. *.attention.*, *.experts.*."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture and its sizes."""
 
     preset: str
-    """Which stack of layers: dense, unix, share, moe_hard or mot."""
+    """Which stack of layers: dense, unix, share, moe_hard, mot, moe or unimoe."""
     hf_config: str = ""
-    """A Hugging Face config.json or its folder (Qwen2, Qwen3): sizes, norms, biases, rope. Keys given here win."""
+    """A Hugging Face config.json or its folder (Qwen2, Qwen3, Llama, Qwen3-MoE, Mixtral): sizes, norms, biases, rope,
+    experts. Keys given here win."""
     num_layers: int
     """Layers of the stack."""
     width: int
@@ -50,6 +65,50 @@ class ModelConfig:
     """mot: attention output projection per modality or one for all, as in the original. Absent: split."""
     unused_output: bool = False
     """mot, output_projection = shared: carry the frozen vision projection that the original never uses."""
+    experts: int | None = None
+    """moe, unimoe: routed experts of a sparse layer, E. Absent in unimoe: 8."""
+    expert_width: int | None = None
+    """moe, unimoe: FFN width of each expert. Absent: ffn_width."""
+    top_k: int | None = None
+    """moe, unimoe: experts of each token, K. Absent in unimoe: 2."""
+    router_score: Literal["softmax", "sigmoid"] | None = None
+    """moe, unimoe: scores over all experts together, or of each alone (DeepSeek-V3). Absent: softmax."""
+    normalize_weights: bool | None = None
+    """moe, unimoe: divide the weights of a token's experts by their sum. Absent: true."""
+    routed_scale: float | None = None
+    """moe, unimoe: then multiply them with this. Absent: 1."""
+    groups: int | None = None
+    """moe, unimoe: runs of experts; a token's come from its group_topk best ones. Absent: 1."""
+    group_topk: int | None = None
+    """moe, unimoe: groups that a token's experts may come from. Absent: 1."""
+    expert_sets: dict[str, tuple[int, ...]] | None = None
+    """moe, unimoe: experts that a modality may use, e.g. { text = [0, 1, 2], vision = [2, 3] }. A modality that is not
+    named may use all."""
+    capacity: dict[str, float] | None = None
+    """moe, unimoe: by modality, the slots an expert takes of it, in multiples of its fair share, e.g. { text = 1.25,
+    vision = 2.0 }; the lightest are dropped. Absent: nothing is dropped."""
+    router_noise: bool | None = None
+    """moe, unimoe: in training choose the second of two experts by Gumbel noise, as Uni-MoE does. Absent: false."""
+    bias_rate: float | None = None
+    """moe, unimoe: step of the bias that balances loads without a loss (DeepSeek-V3). Absent: 0, no bias."""
+    balance_weight: float | None = None
+    """moe, unimoe: weight of each sparse layer's balance loss, which is 1 when loads are even. Absent: 0; in unimoe
+    0.01."""
+    balance_over: Literal["micro_batch", "document", "global_batch"] | None = None
+    """moe, unimoe: whose load is to be even: a micro-batch's, each document's, that of a micro-batch of all dp ranks
+    together. Absent: micro_batch."""
+    balance_counts: Literal["all", "first"] | None = None
+    """moe, unimoe: choices that make the load: all of a token, or its first alone. Absent: all; in unimoe first."""
+    z_weight: float | None = None
+    """moe, unimoe: weight of the mean of logsumexp(router logits)^2. Absent: 0."""
+    shared_expert_width: int | None = None
+    """moe, unimoe: width of the FFN that every token passes beside its experts. Absent: 0, none."""
+    shared_expert_gate: bool | None = None
+    """moe, unimoe: multiply what the shared FFN gives with a learned sigmoid gate of the token. Absent: false."""
+    dense_layers: tuple[int, ...] | None = None
+    """moe, unimoe: numbers of layers with an FFN of ffn_width in place of experts. Absent: none."""
+    sparse_every: int | None = None
+    """moe, unimoe: only every k-th layer has experts, the k-th first. Absent: 1."""
     qk_norm: bool = False
     """RMS norm with gains on each query and key head, as in Qwen3."""
     qkv_bias: bool = True
@@ -82,6 +141,8 @@ class ModelConfig:
     """Standard deviations of the initial weights."""
     init_vision: Literal["random", "text"] = "random"
     """text: split layers start with the text weights in every modality."""
+    lora: Lora = field(default_factory=Lora)
+    """LoRA. Which parameters train, training.trainable says: ["*lora*"] freezes the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)

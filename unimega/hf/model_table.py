@@ -6,13 +6,13 @@ from typing import Any
 
 from unimega.config.schema import ModelConfig
 
-_OF_RANDOM_STARTS = ("hf_config", "init", "init_vision")
-"""Keys without a meaning for a run that starts from a checkpoint."""
+_LEFT_OUT = ("hf_config", "init", "init_vision", "lora")
+"""Keys without a meaning for a run that starts from a checkpoint, and those that are the run's to choose."""
 
 
 def model_table(model: ModelConfig) -> str:
     """The lines of the table, for ``--config CHECKPOINT/model.toml RUN.toml`` or to be pasted."""
-    values = {one.name: getattr(model, one.name) for one in fields(model) if one.name not in _OF_RANDOM_STARTS}
+    values = {one.name: getattr(model, one.name) for one in fields(model) if one.name not in _LEFT_OUT}
     lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
     return "\n".join(["[model]", *lines, ""])
 
