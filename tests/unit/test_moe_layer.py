@@ -15,11 +15,11 @@ from tests import moe
 from tests.sync_guard import forbid_syncs
 from tests.tolerances import relative_error
 from unimega.config.experts import ExpertSpec
-from unimega.errors import ConfigError
 from unimega.layers.context import Call
-from unimega.moe import capacity, rows
+from unimega.moe import capacity
 from unimega.moe.layer import MoE
 from unimega.moe.router import Routing
+from unimega.moe.rows import of_rank
 
 TRANSFORMERS = 3e-5
 SIZES = {"hidden_size": moe.WIDTH, "moe_intermediate_size": 24, "num_experts_per_tok": 3, "num_experts": 8}
@@ -105,7 +105,7 @@ def assert_plain(made: MoE, call: Call) -> None:
     got = moe.gradients(made, x, call)
     made.zero_grad()
     x.grad = None
-    output = plain(made, x, made.router(x, call.order))
+    output = plain(made, x, made.router(x, call.order, of_rank(call.order)))
     output.backward(torch.randn(x.shape, generator=torch.Generator().manual_seed(2)))
     want = {"output": output, "x": x.grad, **{name: values.grad for name, values in made.named_parameters()}}
     for name, values in want.items():
@@ -131,7 +131,7 @@ def test_an_expert_without_tokens_and_one_with_all() -> None:
         made.router.weight[3, 0], made.router.weight[1, 0] = 50.0, -50.0
     x = moe.tokens(call.order)
     x.data[:, 0] = 1.0
-    routing = made.router(x, call.order)
+    routing = made.router(x, call.order, of_rank(call.order))
     assert (routing.experts == 3).any(dim=1).all() and not (routing.experts == 1).any()
     got = moe.gradients(made, x, call)
     assert torch.equal(made.take_statistics().slots[:, [1, 3]], torch.tensor([[0, 30], [0, 20]]))
@@ -145,11 +145,10 @@ def test_modalities_have_their_own_room() -> None:
     made = moe.make(spec)
     call = moe.call(41, 20, pads=3)
     x = moe.tokens(call.order)
-    routing = made.router(x, call.order)
-    weights, experts, dropped = capacity.drop(routing, spec, call.order, made.expert_order)
-    for number, (those, tokens, room) in enumerate(
-        zip(rows.of_modalities(call.order), (41, 20), (11, 10), strict=True)
-    ):
+    routing = made.router(x, call.order, of_rank(call.order))
+    whole = of_rank(call.order)
+    weights, experts, dropped = capacity.drop(routing, spec, whole, whole, made.expert_order)
+    for number, (those, tokens, room) in enumerate(zip(whole.spans, (41, 20), (11, 10), strict=True)):
         assert capacity.room(spec, number, tokens) == room
         lost = 0
         for expert in range(4):
@@ -180,10 +179,11 @@ def test_statistics_count_what_has_gradients() -> None:
     assert made.take_statistics() is None
     made.train()
     made(x, call)
-    made(x, moe.call(3, 44))
+    other = moe.call(3, 44)
+    made(x, other)
     seen = made.take_statistics()
     assert made.take_statistics() is None
-    first, second = made.router(x, call.order), made.router(x, moe.call(3, 44).order)
+    first, second = made.router(x, call.order, of_rank(call.order)), made.router(x, other.order, of_rank(other.order))
     assert seen.tokens == (33, 56) and seen.slots.sum(1).tolist() == [66, 112] and seen.dropped.tolist() == [0, 0]
     parts = [(first, slice(0, 30)), (second, slice(0, 3)), (first, slice(35, 47)), (second, slice(3, 47))]
     for m in (0, 1):
@@ -228,12 +228,3 @@ def test_evaluation_repeats_bit_for_bit() -> None:
     call = moe.call(40, 20, pads=4)
     x = moe.tokens(call.order)
     assert torch.equal(made(x, call), made(x, call))
-
-
-def test_tp_is_refused() -> None:
-    class Two:
-        def size(self) -> int:
-            return 2
-
-    with pytest.raises(ConfigError, match="not built yet"):
-        MoE(moe.build(tp=Two()), ExpertSpec(number=4, width=8, top_k=2))

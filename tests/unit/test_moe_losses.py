@@ -7,14 +7,15 @@ import unimega.parallel  # noqa: F401  (before megatron)
 from tests import moe
 from unimega.config.experts import ExpertSpec
 from unimega.layers.context import Call
-from unimega.moe import losses, rows
+from unimega.moe import losses
+from unimega.moe.rows import of_rank
 
 from megatron.core.transformer.moe import moe_utils  # isort: skip
 
 
 def real(call: Call) -> torch.Tensor:
     """Rows that are no pads."""
-    return torch.cat([torch.arange(len(call.order.document))[those] for those in rows.of_modalities(call.order)])
+    return torch.cat([torch.arange(len(call.order.document))[those] for those in of_rank(call.order).spans])
 
 
 def aux_gradient(spec: ExpertSpec, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -37,7 +38,7 @@ def test_uni_moe_gating_and_loss() -> None:
     (0.01 * loss).backward()
     torch.testing.assert_close(got, weight.grad, rtol=3e-5, atol=1e-8)
     made = moe.make(spec)
-    routing = made.router(x, call.order)
+    routing = made.router(x, call.order, of_rank(call.order))
     w1, w2 = (p * mask1).sum(1), (p * mask2).sum(1)
     assert torch.equal(routing.experts.long(), torch.stack((mask1.argmax(1), mask2.argmax(1)), 1))
     torch.testing.assert_close(routing.weights, torch.stack((w1, w2), 1) / (w1 + w2)[:, None])
@@ -95,8 +96,8 @@ def test_a_step_of_pads_alone_has_no_loss() -> None:
 def test_even_loads_have_balance_one() -> None:
     call = moe.call(8)
     scores = torch.full((8, 4), 0.25)
-    assert losses.balance_sum(scores, torch.tensor([4, 4, 4, 4]), call.order).item() / 8 == 1.0
-    assert losses.balance_sum(scores, torch.zeros(4, dtype=torch.int64), call.order).item() == 0.0
+    assert losses.balance_sum(scores, torch.tensor([4, 4, 4, 4]), of_rank(call.order)).item() / 8 == 1.0
+    assert losses.balance_sum(scores, torch.zeros(4, dtype=torch.int64), of_rank(call.order)).item() == 0.0
 
 
 def test_attached_losses_leave_values_alone() -> None:

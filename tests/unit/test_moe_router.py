@@ -9,6 +9,7 @@ from tests import moe
 from tests.models import THREE
 from unimega.config.experts import ExpertSpec
 from unimega.moe.router import Router, balanced_bias, noisy_top2
+from unimega.moe.rows import of_rank
 
 
 def router(experts: ExpertSpec, **rest: object) -> Router:
@@ -39,10 +40,10 @@ def test_deepseek_v3(normalize: bool) -> None:
         theirs.e_score_correction_bias.copy_(ours.bias)
     call = moe.call(60)
     x = moe.tokens(call.order)
-    got = ours(x, call.order)
+    got = ours(x, call.order, of_rank(call.order))
     _, weights, experts = theirs(x)
     torch.testing.assert_close(dense(got.weights, got.experts, 16), dense(weights, experts, 16), rtol=1e-6, atol=1e-7)
-    unbiased = router(ExpertSpec(number=16, width=8, top_k=4, score="sigmoid"))(x, call.order)
+    unbiased = router(ExpertSpec(number=16, width=8, top_k=4, score="sigmoid"))(x, call.order, of_rank(call.order))
     assert (unbiased.experts.sort().values != got.experts.sort().values).any()  # groups and bias did something
 
 
@@ -51,7 +52,7 @@ def test_modalities_use_their_experts_alone() -> None:
     ours = router(ExpertSpec(number=6, width=8, top_k=2, sets=sets), vocabulary=THREE)
     call = moe.call(30, 20, 10)
     x = moe.tokens(call.order)
-    got = ours(x, call.order)
+    got = ours(x, call.order, of_rank(call.order))
     for rows, allowed in zip(got.experts.split(call.order.counts), sets, strict=True):
         assert set(rows.flatten().tolist()) == set(allowed)
     whole = torch.nn.functional.linear(x, ours.weight)
@@ -70,7 +71,7 @@ def test_pads_have_no_expert(counts: tuple[int, ...]) -> None:
     call = moe.call(*counts, pads=5)
     pads = slice(counts[0], counts[0] + 5)
     x = moe.tokens(call.order)
-    got = ours(x, call.order)
+    got = ours(x, call.order, of_rank(call.order))
     assert (got.experts[pads] == 4).all() and (got.weights[pads] == 0).all()
     others = torch.cat((got.experts[: pads.start], got.experts[pads.stop :]))
     assert len(others) == sum(counts) and (others < 4).all()
@@ -83,13 +84,17 @@ def test_noise_moves_the_second_choice_in_training_only() -> None:
     plain = router(ExpertSpec(number=8, width=8, top_k=2))
     call = moe.call(200)
     x = moe.tokens(call.order)
-    first, second = ours(x, call.order), ours(x, call.order)
+    first, second = ours(x, call.order, of_rank(call.order)), ours(x, call.order, of_rank(call.order))
     assert torch.equal(first.experts[:, 0], second.experts[:, 0])
     assert not torch.equal(first.experts[:, 1], second.experts[:, 1])
     assert (first.experts[:, 0] != first.experts[:, 1]).all()
     ours.eval()
-    assert torch.equal(ours(x, call.order).experts, plain(x, call.order).experts)
-    assert torch.equal(ours(x, call.order).weights, ours(x, call.order).weights)
+    assert torch.equal(
+        ours(x, call.order, of_rank(call.order)).experts, plain(x, call.order, of_rank(call.order)).experts
+    )
+    assert torch.equal(
+        ours(x, call.order, of_rank(call.order)).weights, ours(x, call.order, of_rank(call.order)).weights
+    )
 
 
 def test_the_second_of_noisy_choices_follows_the_softmax_of_the_others() -> None:
@@ -116,7 +121,7 @@ def test_bias_balances_a_skewed_router() -> None:
     x = moe.tokens(call.order).detach() + 0.5
     loads = []
     for _ in range(60):
-        slots = torch.bincount(ours(x, call.order).experts.flatten(), minlength=8)
+        slots = torch.bincount(ours(x, call.order, of_rank(call.order)).experts.flatten(), minlength=8)
         ours.bias = balanced_bias(ours.bias, slots, 0.02)
         loads.append(slots.max().item() / 125)
     assert loads[0] > 1.5 and max(loads[-10:]) < 1.25
@@ -129,7 +134,7 @@ def test_bias_stays_fp32() -> None:
     assert ours.weight.dtype == torch.bfloat16
     assert ours.bias.dtype == torch.float32 and (ours.bias == torch.tensor(1.0001)).all()
     call = moe.call(5)
-    assert ours(moe.tokens(call.order).bfloat16(), call.order).weights.dtype == torch.float32
+    assert ours(moe.tokens(call.order).bfloat16(), call.order, of_rank(call.order)).weights.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

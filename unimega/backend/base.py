@@ -90,6 +90,14 @@ class Backend(abc.ABC):
     def to_tensor(self, array: np.ndarray) -> torch.Tensor:
         """Bring one array to the device, same shape and dtype; no wait for the copy."""
 
+    def to_host(self, values: torch.Tensor) -> "HostCopy":
+        """Start to copy a small tensor to the host; nobody waits until the copy is read."""
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=self.device.type != "cpu")
+        host.copy_(values, non_blocking=True)
+        event = self.event()
+        event.record()
+        return HostCopy(host, event)
+
     def to_device(self, batch: T) -> T:
         """Bring a frozen dataclass (a ``Microbatch``) to the device.
 
@@ -152,6 +160,18 @@ class Backend(abc.ABC):
 def host_tensor(array: np.ndarray) -> torch.Tensor:
     """The array's memory as a tensor; a copy if it is read-only, since a tensor could write to it (a mapped corpus)."""
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+class HostCopy:
+    """Values on their way to the host."""
+
+    def __init__(self, values: torch.Tensor, event: Any) -> None:
+        self._values, self._event = values, event
+
+    def read(self) -> Any:
+        """Wait for this copy, not for what the device was given later; its numbers as nested lists."""
+        self._event.synchronize()
+        return self._values.tolist()
 
 
 class InertStream:

@@ -1,20 +1,22 @@
 """The FFN of routed experts, with the interface of ``layers.ffn.FFN``."""
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from unimega.batch import TokenOrder
 from unimega.config.experts import ExpertSpec
 from unimega.config.layer import LayerSpec
-from unimega.errors import ConfigError
 from unimega.kernels.registry import resolve
 from unimega.layers.context import Build, Call
 from unimega.layers.ffn import FFN
-from unimega.moe import capacity, losses
+from unimega.moe import capacity, losses, rows
+from unimega.moe.dispatch import Dispatch
 from unimega.moe.experts import Experts
 from unimega.moe.router import Router, Routing
+from unimega.moe.rows import Rows
 from unimega.moe.statistics import Statistics, count_slots, entropy_sums
 from unimega.parallel.parameter import parameter
 
@@ -34,11 +36,11 @@ class SharedGate(nn.Module):
 class MoE(nn.Module):
     """``sum of its K experts(x) + gate(x) * shared(x)`` for every token; pads pass the shared FFN alone.
 
+    Under sequence parallelism a tp rank routes its own rows; without it all tp ranks route all rows, alike, as any
+    weight that tp does not cut is used. Loads, capacity and losses are those of the whole micro-batch in both cases.
+
     Args:
         dp: ranks whose micro-batches make the load of ``balance_over = "global_batch"``; None: this one's alone.
-
-    Raises:
-        ConfigError: tp > 1, which is not built.
 
     Losses of the router join the gradient in training (``losses.attach``). What it did is summed in ``statistics``
     over forwards that gradients are kept of: recompute counts once, evaluation not at all.
@@ -46,72 +48,81 @@ class MoE(nn.Module):
 
     def __init__(self, build: Build, experts: ExpertSpec, *, dp: dist.ProcessGroup | None = None) -> None:
         super().__init__()
-        if build.layout.size > 1:
-            raise ConfigError(
-                f"parallel.tp={build.layout.size} cuts layers of routed experts, which is not built yet. Set it to 1."
-            )
         self.spec, self.dp = experts, dp
+        self.tp = build.layout.tp if build.layout.sequence_parallel and build.layout.size > 1 else None
         self.router = Router(build, experts)
         self.experts = Experts(build, experts)
         self.shared = FFN(build, LayerSpec(shared_ffn=experts.shared_width)) if experts.shared_width else None
         self.shared_gate = SharedGate(build.spec.width) if experts.shared_gate else None
         self.expert_order = resolve("expert_order", device=build.device, impl=build.kernel("expert_order"))
+        self.dispatch = Dispatch(build, experts.number)
         self.statistics: Statistics | None = None
 
     def forward(self, x_tD: torch.Tensor, call: Call) -> torch.Tensor:
-        """[t, D] -> [t, D]. Collectives: with ``global_batch``, one all-reduce of 8 E bytes over dp in training."""
-        order, spec = call.order, self.spec
-        routing = self.router(x_tD, order)
+        """[t, D] -> [t, D]: this rank's rows under sequence parallelism, else all.
+
+        Collectives beside those of ``Dispatch``, the shared FFN's and ``capacity.drop``'s: in training one all-reduce
+        of 8 E bytes (``balance_over = "document"``: 4 (E + 1) a document) over tp under sequence parallelism, and with
+        ``global_batch`` one of 8 E over dp. The shared FFN is computed while rows are on their way.
+        """
+        spec = self.spec
+        whole = rows.of_rank(call.order)
+        mine = whole if self.tp is None else rows.of_rank(call.order, self.tp.rank(), self.tp.size())
+        routing = self.router(x_tD, call.order, mine)
         weights, experts, dropped = routing.weights, routing.experts, None
         if spec.capacity:
-            weights, experts, dropped = capacity.drop(routing, spec, order, self.expert_order)
+            weights, experts, dropped = capacity.drop(routing, spec, mine, whole, self.expert_order, self.tp)
         if self.training and torch.is_grad_enabled():
-            loss = self._observe(routing, dropped, call)
+            loss = self._observe(routing, dropped, mine, whole, call)
             weights = weights if loss is None else losses.attach(weights, loss)
-        y_tD = self.experts(x_tD, weights, self.expert_order(experts, spec.number))
-        if self.shared is None:
-            return y_tD
-        shared = self.shared(x_tD, call)
-        return y_tD + (shared if self.shared_gate is None else shared * self.shared_gate(x_tD))
+        beside = None if self.shared is None else partial(self._run_shared, x_tD, call)
+        y_tD, shared = self.dispatch(x_tD, weights, experts, self.experts, beside)
+        return y_tD if shared is None else y_tD + shared
 
     def take_statistics(self) -> Statistics | None:
         """What was summed since the last call; None: nothing."""
         taken, self.statistics = self.statistics, None
         return taken
 
-    def _observe(self, routing: Routing, dropped: torch.Tensor | None, call: Call) -> torch.Tensor | None:
-        """Add to the statistics; returns this micro-batch's part of the router's losses, a scalar, if there are any."""
-        order, spec = call.order, self.spec
-        slots = count_slots(routing.experts, spec.number, order, self.expert_order)
+    def _run_shared(self, x_tD: torch.Tensor, call: Call) -> torch.Tensor:
+        assert self.shared is not None
+        shared = self.shared(x_tD, call)
+        return shared if self.shared_gate is None else shared * self.shared_gate(x_tD)
+
+    def _observe(
+        self, routing: Routing, dropped: torch.Tensor | None, mine: Rows, whole: Rows, call: Call
+    ) -> torch.Tensor | None:
+        """Add to the statistics; returns these rows' part of the router's losses, a scalar, if there are any."""
+        spec = self.spec
+        slots = count_slots(routing.experts, spec.number, mine, self.expert_order)
         with torch.set_grad_enabled(bool(spec.balance or spec.z_loss)):
             scores = losses.scores_of(routing.logits, spec.score)
-            balance = self._balance(scores, slots, routing.experts, order)
-            z_loss = losses.z_sum(routing.logits, order)
-        tokens = tuple(count - (order.pads if not m else 0) for m, count in enumerate(order.counts))
+            balance = self._balance(scores, slots, routing.experts, mine)
+            z_loss = losses.z_sum(routing.logits, mine)
         seen = Statistics(
-            tokens=tokens,
+            tokens=mine.tokens,
             slots=slots,
-            dropped=slots.new_zeros(len(tokens)) if dropped is None else dropped,
-            entropy=entropy_sums(scores.detach(), order),
+            dropped=slots.new_zeros(len(mine.tokens)) if dropped is None else dropped,
+            entropy=entropy_sums(scores.detach(), mine),
             balance=balance.detach(),
             z_loss=z_loss.detach(),
         )
         self.statistics = seen if self.statistics is None else self.statistics + seen
         weighed = [weight * loss for weight, loss in ((spec.balance, balance), (spec.z_loss, z_loss)) if weight]
-        total = sum(tokens) if call.step_tokens is None else call.step_tokens
+        total = sum(whole.tokens) if call.step_tokens is None else call.step_tokens
         return torch.stack(weighed).sum() / max(1, total) if weighed else None
 
-    def _balance(
-        self, scores: torch.Tensor, slots: torch.Tensor, experts: torch.Tensor, order: TokenOrder
-    ) -> torch.Tensor:
+    def _balance(self, scores: torch.Tensor, slots: torch.Tensor, experts: torch.Tensor, mine: Rows) -> torch.Tensor:
         spec = self.spec
         if spec.balance_counts == "first":
             experts = experts[:, :1]
         if spec.balance_over == "document":
-            return losses.document_balance_sum(scores, experts, order)
+            return losses.document_balance_sum(scores, experts, mine, self.tp)
         if spec.balance_counts == "first":
-            slots = count_slots(experts, spec.number, order, self.expert_order)
+            slots = count_slots(experts, spec.number, mine, self.expert_order)
         chosen = slots.sum(dim=0)
+        if self.tp is not None:
+            dist.all_reduce(chosen, group=self.tp)
         if spec.balance_over == "global_batch" and self.dp is not None:
             dist.all_reduce(chosen, group=self.dp)
-        return losses.balance_sum(scores, chosen, order)
+        return losses.balance_sum(scores, chosen, mine)

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from unimega.batch import TokenOrder
-from unimega.moe import rows
+from unimega.moe.rows import Rows
 
 
 def scores_of(logits: torch.Tensor, score: str) -> torch.Tensor:
@@ -17,34 +17,40 @@ def scores_of(logits: torch.Tensor, score: str) -> torch.Tensor:
     return scores / (scores.sum(dim=1, keepdim=True) + 1e-20)
 
 
-def balance_sum(scores: torch.Tensor, slots: torch.Tensor, order: TokenOrder) -> torch.Tensor:
+def balance_sum(scores: torch.Tensor, slots: torch.Tensor, mine: Rows) -> torch.Tensor:
     """``E sum_x sum_e scores[x, e] slots[e] / sum(slots)``: divided by tokens it is 1 when loads are even.
 
     Args:
         scores: [t, E], the only way gradients take.
         slots: [E]: how often each expert was chosen, in the micro-batch or in those of all dp ranks.
-        order: whose pads are left out.
+        mine: the t rows, whose pads are left out.
     """
-    return scores.shape[1] * (rows.sum_of_modalities(scores, order).sum(dim=0) * _share(slots)).sum()
+    return scores.shape[1] * (mine.sums(scores).sum(dim=0) * _share(slots)).sum()
 
 
-def document_balance_sum(scores: torch.Tensor, experts: torch.Tensor, order: TokenOrder) -> torch.Tensor:
+def document_balance_sum(
+    scores: torch.Tensor, experts: torch.Tensor, mine: Rows, tp: dist.ProcessGroup | None = None
+) -> torch.Tensor:
     """``balance_sum`` of each document by its own choices, summed over documents (DeepSeek-V3's per sequence).
 
     Args:
         scores: [t, E].
         experts: [t, j] int32, the choices that count; E for pads.
+        mine: the t rows.
+        tp: ranks that hold the other rows of the documents, or None. One all-reduce of 4 (E + 1) bytes a document.
     """
-    number, wide = len(order.documents.lengths), scores.shape[1] + 1
-    keys = order.document[:, None] * wide + experts
+    number, wide = mine.documents, scores.shape[1] + 1
+    keys = mine.document[:, None] * wide + experts
     slots = scores.new_zeros(number * wide).index_add_(0, keys.reshape(-1), scores.new_ones(keys.numel()))
+    if tp is not None:
+        dist.all_reduce(slots, group=tp)
     share = _share(slots.view(number, wide)[:, :-1])  # pads are documents without slots: zeros
-    return scores.shape[1] * (scores * share.index_select(0, order.document)).sum()
+    return scores.shape[1] * (scores * share.index_select(0, mine.document)).sum()
 
 
-def z_sum(logits: torch.Tensor, order: TokenOrder) -> torch.Tensor:
+def z_sum(logits: torch.Tensor, mine: Rows) -> torch.Tensor:
     """``sum_x logsumexp(logits[x])^2``: keeps logits small."""
-    return rows.sum_of_modalities(logits.logsumexp(dim=1).square(), order).sum()
+    return mine.sums(logits.logsumexp(dim=1).square()).sum()
 
 
 def attach(carrier: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:

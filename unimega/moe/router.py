@@ -13,7 +13,7 @@ from unimega.config.experts import ExpertSpec
 from unimega.kernels.precision import widen
 from unimega.kernels.registry import resolve
 from unimega.layers.context import Build
-from unimega.moe import rows
+from unimega.moe.rows import Rows
 from unimega.parallel.parameter import parameter
 
 
@@ -61,16 +61,22 @@ class Router(nn.Module):
             self.bias = bias.to(self.weight.device)
         return self
 
-    def forward(self, x_tD: torch.Tensor, order: TokenOrder) -> Routing:
-        """Route [t, D] rows in modality order. No collectives; nothing is read by the host."""
+    def forward(self, x_tD: torch.Tensor, order: TokenOrder, mine: Rows) -> Routing:
+        """Route [t, D] rows in modality order. No collectives; nothing is read by the host.
+
+        Args:
+            order: of the whole micro-batch.
+            mine: which of its rows these are.
+        """
         spec = self.spec
         logits = F.linear(widen(x_tD), widen(self.weight))
         if spec.sets:
-            parts = logits.split(order.counts)
+            parts = logits.split(order.local_counts)
             logits = torch.cat([part + closed for part, closed in zip(parts, self.closed, strict=True)])
         if spec.noise and self.training:
-            gumbel = torch.empty_like(logits, requires_grad=False).exponential_().log_().neg_()
-            weights, experts = noisy_top2(logits, gumbel, self.op)
+            # Drawn for the whole micro-batch on every tp rank: the numbers of one rank, and no two rows have the same.
+            gumbel = logits.new_empty(sum(order.counts), spec.number).exponential_().log_().neg_()
+            weights, experts = noisy_top2(logits, gumbel[mine.first : mine.first + mine.total], self.op)
         else:
             weights, experts = self.op(
                 logits,
@@ -82,7 +88,7 @@ class Router(nn.Module):
                 groups=spec.groups,
                 group_topk=spec.group_topk,
             )
-        return Routing(logits, *rows.without_pads(weights, experts, order, spec.number))
+        return Routing(logits, mine.blank_pads(weights, 0.0), mine.blank_pads(experts, spec.number))
 
 
 def noisy_top2(logits: torch.Tensor, noise: torch.Tensor, op: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from unimega.batch import TokenOrder
-from unimega.moe import rows
+from unimega.moe.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +36,11 @@ class Statistics:
         )
 
 
-def count_slots(experts: torch.Tensor, number: int, order: TokenOrder, op: Any) -> torch.Tensor:
+def count_slots(experts: torch.Tensor, number: int, mine: Rows, op: Any) -> torch.Tensor:
     """[M, E] int64: how often each modality chose each expert; ``op``: the implementation of ``expert_order``."""
-    parts = [op(experts[those], number).offsets.diff() for those in rows.of_modalities(order)]
-    return torch.stack(parts).long()
+    return torch.stack([op(experts[span], number).offsets.diff() for span in mine.spans]).long()
 
 
-def entropy_sums(scores: torch.Tensor, order: TokenOrder) -> torch.Tensor:
+def entropy_sums(scores: torch.Tensor, mine: Rows) -> torch.Tensor:
     """[M] fp32: sums over tokens of ``-sum_e p log p``; scores of 0 add nothing."""
-    return rows.sum_of_modalities(torch.special.entr(scores).sum(dim=1), order)
+    return mine.sums(torch.special.entr(scores).sum(dim=1))
