@@ -9,6 +9,7 @@ from unimega.kernels.registry import resolve
 from unimega.layers.context import Build, Call
 from unimega.layers.norm import HeadNorm
 from unimega.parallel.linear import Weights, column_linear, row_linear, split_linear_op
+from unimega.parallel.lora import Fused
 from unimega.parallel.recompute import recompute
 
 
@@ -35,6 +36,7 @@ class Attention(nn.Module):
             dim=0,
             layout=layout,
             bias=spec.qkv_bias,
+            fused=Fused((spec.heads // spec.kv_heads, 1, 1), repeats=self.kv_heads),
         )
         self.q_layernorm = HeadNorm(build, split=split is not None) if spec.qk_norm else None
         self.k_layernorm = HeadNorm(build, split=split is not None) if spec.qk_norm else None

@@ -9,6 +9,7 @@ from unimega.config.layer import LayerSpec
 from unimega.kernels.registry import resolve
 from unimega.layers.context import Build, Call
 from unimega.parallel.linear import Weights, column_linear, row_linear, split_linear_op
+from unimega.parallel.lora import Fused
 from unimega.parallel.recompute import recompute
 
 
@@ -52,5 +53,5 @@ class FFN(nn.Module):
 def _pair(build: Build, width: int | Sequence[int], modalities: tuple[str, ...] | None) -> tuple[Weights, Weights]:
     """gate_up: D -> [gate; up], down: F -> D."""
     double = 2 * width if isinstance(width, int) else [2 * w for w in width]
-    gate_up = Weights(build.spec.width, double, modalities=modalities, dim=0, layout=build.layout)
+    gate_up = Weights(build.spec.width, double, modalities=modalities, dim=0, layout=build.layout, fused=Fused((1, 1)))
     return gate_up, Weights(width, build.spec.width, modalities=modalities, dim=1, layout=build.layout)

@@ -10,6 +10,7 @@ from unimega.layers.ffn import FFN
 from unimega.layers.norm import AddNorm, Norm
 from unimega.models.stage import Stage
 from unimega.moe.layer import MoE
+from unimega.parallel import lora
 from unimega.parallel.groups import Groups
 
 
@@ -46,15 +47,15 @@ def build_stages(
     stages = []
     for virtual, number in enumerate(range(rank, len(layers_per_stage), pp)):
         first = sum(layers_per_stage[:number])
-        stages.append(
-            Stage(
-                build,
-                config,
-                blocks=[build_block(build, i, dp=groups.dp) for i in range(first, first + layers_per_stage[number])],
-                is_first=number == 0,
-                is_last=number == len(layers_per_stage) - 1,
-                virtual=virtual if len(layers_per_stage) > pp else None,
-                recompute_blocks=recompute_blocks,
-            ).to(dtype=dtype)
+        stage = Stage(
+            build,
+            config,
+            blocks=[build_block(build, i, dp=groups.dp) for i in range(first, first + layers_per_stage[number])],
+            is_first=number == 0,
+            is_last=number == len(layers_per_stage) - 1,
+            virtual=virtual if len(layers_per_stage) > pp else None,
+            recompute_blocks=recompute_blocks,
         )
+        lora.adapt(stage, build.spec.lora)
+        stages.append(stage.to(dtype=dtype))
     return stages

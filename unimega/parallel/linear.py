@@ -5,20 +5,23 @@ order, so the rows of a modality are one slice and a split linear is M plain GEM
 same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from unimega.config.schema import Lora
 from unimega.kernels.registry import resolve
+from unimega.parallel.lora import ONE, Adapted, Factors, Fused, Pair, add_to_columns, add_to_rows
 from unimega.parallel.parameter import parameter
+from unimega.parallel.rows import Layout, Spans, gathered, shifted, start_sum
+from unimega.parallel.rows import spans as spans_of
+from unimega.parallel.weight_gradients import weight_gradients
 
-Spans = tuple[tuple[int, int], ...]
-"""Ranges of rows, host ints."""
+__all__ = ["Layout", "Product", "Weights", "column_linear", "row_linear", "split_linear_op"]
 
 
 @dataclass(frozen=True)
@@ -29,22 +32,11 @@ class Product:
     """Rows of each GEMM, host ints; each starts where the one before stops."""
     weights: tuple[torch.Tensor, ...]
     biases: tuple[torch.Tensor | None, ...]
+    factors: Factors | None = None
+    """What LoRA adds; one pair for each weight."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a linear needs to know of the ranks around it."""
-
-    tp: dist.ProcessGroup
-    sequence_parallel: bool
-
-    @property
-    def size(self) -> int:
-        """Number of tp ranks."""
-        return self.tp.size()
-
-
-class Weights(nn.Module):
+class Weights(Adapted):
     """The weights of one linear, as direct attributes of a module that is called.
 
     megatron-core waits for overlapped parameter gathers in a hook before ``forward`` and looks at direct parameters
@@ -57,6 +49,7 @@ class Weights(nn.Module):
         dim: 0 cuts the outputs over tp (column), 1 the inputs (row).
         bias: a bias on the outputs; a row linear's acts after the reduction, on local rows.
         unused: modalities beside a shared weight whose weight (and bias) is carried frozen and never used.
+        fused: the projections that the outputs of this rank are made of.
     """
 
     def __init__(
@@ -69,16 +62,16 @@ class Weights(nn.Module):
         layout: Layout,
         bias: bool = False,
         unused: tuple[str, ...] = (),
+        fused: Fused = ONE,
     ) -> None:
-        super().__init__()
+        super().__init__(fused)
         number = len(modalities) if modalities else 1
         widths_in, widths_out = ([w] * number if isinstance(w, int) else list(w) for w in (d_in, d_out))
         self.suffixes = tuple(f"_{name}" for name in modalities) if modalities else ("",)
         self.widths = tuple(min(i, o) and (i, o)[1 - dim] for i, o in zip(widths_in, widths_out, strict=True))
+        self.sizes = {s: (o, i) for s, i, o in zip(self.suffixes, widths_in, widths_out, strict=True) if min(i, o)}
         self.dim, self.layout, self.has_bias = dim, layout, bias
-        for suffix, i, o in zip(self.suffixes, widths_in, widths_out, strict=True):
-            if not min(i, o):
-                continue
+        for suffix, (o, i) in self.sizes.items():
             self._register(suffix, o, i)
         for name in unused:
             self._register(f"_{name}", widths_out[0], widths_in[0], trained=False)
@@ -92,17 +85,35 @@ class Weights(nn.Module):
             values.requires_grad_(trained)
             self.register_parameter(f"{what}{suffix}", values)
 
+    def adapt(self, lora: Lora) -> None:
+        """Make the factors of every modality that has a weight; what is not cut acts on local rows."""
+        tp, column = self.layout.size, self.dim == 0
+        for suffix, (o, i) in self.sizes.items():
+            a = parameter(self.fused.number * lora.rank, i, dim=None if column else 1, tp=tp, on_local_rows=column)
+            b = parameter(o, lora.rank, dim=0 if column else None, tp=tp, on_local_rows=not column)
+            self.register(suffix, a, b, outputs=len(b))
+
+    def pairs(self) -> Iterator[tuple[torch.Tensor, Pair]]:
+        """Every weight that has factors, with them."""
+        for suffix in self.sizes:
+            yield getattr(self, f"weight{suffix}"), self.pair(suffix)
+
     def forward(self, counts: tuple[int, ...]) -> tuple[Product, ...]:
         """The GEMMs for T = sum(counts) rows: one product if widths are equal, else one per modality with a width."""
-        spans = _spans(counts if len(self.suffixes) > 1 else (sum(counts),))
-        parts = [
-            (span, getattr(self, f"weight{suffix}"), getattr(self, f"bias{suffix}") if self._column_bias else None)
-            for span, suffix, width in zip(spans, self.suffixes, self.widths, strict=True)
-            if width
-        ]
+        spans = spans_of(counts if len(self.suffixes) > 1 else (sum(counts),))
+        parts = [(span, suffix) for span, suffix in zip(spans, self.suffixes, strict=True) if suffix in self.sizes]
         if len(set(self.widths)) == 1:
-            return (Product(*(tuple(column) for column in zip(*parts, strict=True))),)
-        return tuple(Product((span,), (weight,), (bias,)) for span, weight, bias in parts)
+            return (self._product(parts),)
+        return tuple(self._product([part]) for part in parts)
+
+    def _product(self, parts: list[tuple[tuple[int, int], str]]) -> Product:
+        """Of the weights of some modalities, each with its rows."""
+        return Product(
+            spans=tuple(span for span, _ in parts),
+            weights=tuple(getattr(self, f"weight{suffix}") for _, suffix in parts),
+            biases=tuple(getattr(self, f"bias{suffix}") if self._column_bias else None for _, suffix in parts),
+            factors=Factors(tuple(self.pair(suffix) for _, suffix in parts), self.dropout) if self.is_added else None,
+        )
 
     @property
     def _column_bias(self) -> bool:
@@ -129,10 +140,13 @@ def column_linear(x_tD: torch.Tensor, products: tuple[Product, ...], layout: Lay
         One [rows of the product, o] per product. Forward: one all-gather of T*D*itemsize bytes under sequence
         parallelism. Backward: that all-gather again (only the local shard is kept), and one reduce-scatter (sp) or
         all-reduce of as many bytes, behind the weight gradients. A modality without tokens gets zeros, never None.
+        Beside them the small collectives of LoRA (``parallel.lora``).
     """
     weights = [w for p in products for w in p.weights]
     biases = [b for p in products for b in p.biases]
-    return list(_Column.apply(x_tD, products, layout, gemms, *weights, *biases))
+    outputs = list(_Column.apply(x_tD, products, layout, gemms, *weights, *biases))
+    add_to_columns(outputs, x_tD, [p.spans for p in products], [p.factors for p in products], layout, gemms)
+    return outputs
 
 
 def row_linear(
@@ -146,9 +160,12 @@ def row_linear(
 
     Returns:
         [T / tp, D] under sequence parallelism, else [T, D]. Forward: one reduce-scatter or all-reduce of T*D*itemsize
-        bytes; backward: one all-gather of as many under sequence parallelism, else none.
+        bytes; backward: one all-gather of as many under sequence parallelism, else none. LoRA as above.
     """
-    return _Row.apply(products, total, layout, gemms, len(inputs), *inputs, *[w for p in products for w in p.weights])
+    weights = [w for p in products for w in p.weights]
+    y_tD = _Row.apply(products, total, layout, gemms, len(inputs), *inputs, *weights)
+    spans, factors = [p.spans for p in products], [p.factors for p in products]
+    return add_to_rows(y_tD, inputs, spans, factors, total, layout, gemms)
 
 
 def split_linear_op(device: torch.device, kernels: dict[str, str]) -> Any:
@@ -165,12 +182,12 @@ class _Column(torch.autograd.Function):
         ctx.save_for_backward(x, *tensors[:number])
         ctx.spans = tuple(p.spans for p in products)
         ctx.layout, ctx.gemms = layout, gemms
-        x_full = _gather_rows(x, layout) if layout.sequence_parallel else x
+        x_full = gathered(x, layout) if layout.sequence_parallel else x
         outputs, at = [], 0
         for spans in ctx.spans:
             start, stop = spans[0][0], spans[-1][1]
             weights, biases = tensors[at : at + len(spans)], tensors[number + at : number + at + len(spans)]
-            outputs.append(gemms.forward(x_full[start:stop], _shifted(spans), weights, biases))
+            outputs.append(gemms.forward(x_full[start:stop], shifted(spans), weights, biases))
             at += len(spans)
         return tuple(outputs)
 
@@ -189,7 +206,7 @@ class _Column(torch.autograd.Function):
         if needs[0]:
             rows = x.shape[0] * (layout.size if layout.sequence_parallel else 1)
             dx_full = _accumulate(gemms, douts, ctx.spans, weights, rows, x)
-            dx, reduction = _start_reduction(dx_full, layout)
+            dx, reduction = start_sum(dx_full, layout)
         if pending is not None:
             pending.wait()
         dweights: list[torch.Tensor | None] = []
@@ -199,8 +216,8 @@ class _Column(torch.autograd.Function):
             start, stop = spans[0][0], spans[-1][1]
             wanted = needs[4 + at : 4 + at + len(spans)]
             mine = weights[at : at + len(spans)]
-            dweights += _weight_gradients(gemms, dy, x_full[start:stop], _shifted(spans), mine, wanted)
-            dbiases += gemms.grad_bias(dy, _shifted(spans), needs[4 + number + at : 4 + number + at + len(spans)])
+            dweights += weight_gradients(gemms, dy, x_full[start:stop], shifted(spans), mine, wanted)
+            dbiases += gemms.grad_bias(dy, shifted(spans), needs[4 + number + at : 4 + number + at + len(spans)])
         if reduction is not None:
             reduction.wait()
         return dx, None, None, None, *dweights, *dbiases
@@ -223,7 +240,7 @@ class _Row(torch.autograd.Function):
         ctx.layout, ctx.gemms, ctx.number = layout, gemms, number
         transposed = [w.t() for w in weights]  # grad_input multiplies by W, a forward by its transpose
         y = _accumulate(gemms, inputs, ctx.spans, transposed, total, inputs[0])
-        y_local, reduction = _start_reduction(y, layout)
+        y_local, reduction = start_sum(y, layout)
         if reduction is not None:
             reduction.wait()
         return y_local
@@ -233,46 +250,18 @@ class _Row(torch.autograd.Function):
         inputs, weights = ctx.saved_tensors[: ctx.number], ctx.saved_tensors[ctx.number :]
         layout, gemms, needs = ctx.layout, ctx.gemms, ctx.needs_input_grad[5:]
         dy = dy.contiguous()
-        dy_full = _gather_rows(dy, layout) if layout.sequence_parallel else dy
+        dy_full = gathered(dy, layout) if layout.sequence_parallel else dy
         dinputs: list[torch.Tensor | None] = []
         dweights: list[torch.Tensor | None] = []
         at = 0
         for place, (h, spans) in enumerate(zip(inputs, ctx.spans, strict=True)):
-            rows, local = dy_full[spans[0][0] : spans[-1][1]], _shifted(spans)
+            rows, local = dy_full[spans[0][0] : spans[-1][1]], shifted(spans)
             mine = weights[at : at + len(spans)]
             dinputs.append(gemms.grad_input(rows, local, mine) if needs[place] else None)
             wanted = needs[ctx.number + at : ctx.number + at + len(spans)]
-            dweights += _weight_gradients(gemms, rows, h, local, mine, wanted)
+            dweights += weight_gradients(gemms, rows, h, local, mine, wanted)
             at += len(spans)
         return None, None, None, None, None, *dinputs, *dweights
-
-
-def _weight_gradients(
-    gemms: Any,
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    spans: Spans,
-    weights: Sequence[torch.Tensor],
-    needs: Sequence[bool],
-) -> list[torch.Tensor | None]:
-    """Gradients of a product's weights; where an implementation adds to fp32 main grads itself, buffers of no meaning.
-
-    megatron-core's hook adds a parameter's gradient to ``main_grad`` unless ``grad_added_to_main_grad`` says that it is
-    there, but wants to see one in both cases.
-    """
-    mains = [getattr(weight, "main_grad", None) for weight in weights]
-    fused = gemms.accumulate_weight is not None and dy.dtype in (torch.bfloat16, torch.float16)
-    wanted = [main for main, needed in zip(mains, needs, strict=True) if needed]
-    if not fused or any(main is None or main.dtype != torch.float32 for main in wanted):
-        return gemms.grad_weight(dy, x, spans, needs)
-    gradients: list[torch.Tensor | None] = []
-    for (start, stop), weight, main, needed in zip(spans, weights, mains, needs, strict=True):
-        if needed and stop > start:
-            gemms.accumulate_weight(dy[start:stop], x[start:stop], main)
-        if needed:
-            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        gradients.append(torch.empty_like(weight) if needed else None)
-    return gradients
 
 
 def _accumulate(
@@ -296,34 +285,6 @@ def _accumulate(
     jobs.sort(key=lambda job: job[1] - job[0] < total)
     filled = 0
     for start, stop, y, spans, mine in jobs:
-        gemms.grad_input(y, _shifted(spans), mine, out=out[start:stop], accumulate=filled >= total)
+        gemms.grad_input(y, shifted(spans), mine, out=out[start:stop], accumulate=filled >= total)
         filled += stop - start
     return out
-
-
-def _start_reduction(full: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, dist.Work | None]:
-    """Start the sum over tp of [T, D]: returns this rank's rows (sp) or all, and the work to wait for."""
-    if layout.size == 1:
-        return full, None
-    if layout.sequence_parallel:
-        local = full.new_empty(full.shape[0] // layout.size, full.shape[1])
-        return local, dist.reduce_scatter_tensor(local, full, group=layout.tp, async_op=True)
-    return full, dist.all_reduce(full, group=layout.tp, async_op=True)
-
-
-def _gather_rows(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    full = x.new_empty(x.shape[0] * layout.size, x.shape[1])
-    dist.all_gather_into_tensor(full, x.contiguous(), group=layout.tp)
-    return full
-
-
-def _spans(counts: tuple[int, ...]) -> Spans:
-    edges = [0]
-    for count in counts:
-        edges.append(edges[-1] + count)
-    return tuple(pairwise(edges))
-
-
-def _shifted(spans: Spans) -> Spans:
-    first = spans[0][0]
-    return tuple((start - first, stop - first) for start, stop in spans)
