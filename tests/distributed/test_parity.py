@@ -84,24 +84,14 @@ def model_of(case: Case):
 
 def fill(stages, spec, groups, *, seed):
     """Stands in for the engine's initial weights: norms and biases are random too."""
-    from unimega.parallel.parameter import checkpoint_parts, sharded_dim, vocabulary_rows
+    from unimega.parallel.parts import parts
 
-    tp = groups.tp
     with torch.no_grad():
         for stage in stages:
-            for name, values in stage.named_parameters():
-                key = "embedding.weight" if name == "head.weight" and spec.tied else name
-                dim = sharded_dim(values)
-                for part_key, part in checkpoint_parts(key, values).items():
-                    shape = list(part.shape)
-                    if dim is not None:
-                        shape[dim] *= tp.size()
-                    if rows := vocabulary_rows(values):
-                        whole = torch.zeros(shape)
-                        whole[:rows] = random_tensor(part_key, [rows, shape[1]])
-                    else:
-                        whole = random_tensor(part_key, shape)
-                    part.copy_(whole if dim is None else whole.chunk(tp.size(), dim)[tp.rank()])
+            for name, values in stage.weights():
+                values.zero_()
+                for part in parts(name, values, groups):
+                    part.of(values).copy_(random_tensor(part.key, list(part.shape))[part.window(values)])
 
 
 def run_cases(cases: list[Case]) -> list[dict[str, Any]]:

@@ -202,13 +202,11 @@ def _batch(config: RunConfig, world_size: int) -> None:
 
 def _tokens(config: RunConfig) -> None:
     tokens = config.data.pack_length * config.training.micro_batch_packs
-    sparse = any(layer.experts is not None for layer in presets.model_spec(config.model).layers)
-    if tokens % config.parallel.tp and (config.parallel.sequence_parallel or sparse):
-        reason = "sequence_parallel needs" if config.parallel.sequence_parallel else "routed experts need"
+    if config.parallel.sequence_parallel and tokens % config.parallel.tp:
         raise ConfigError(
             f"data.pack_length={config.data.pack_length} * training.micro_batch_packs="
             f"{config.training.micro_batch_packs} = {tokens} tokens are not divisible by parallel.tp="
-            f"{config.parallel.tp}, as {reason}. Change the pack length."
+            f"{config.parallel.tp}, as sequence_parallel needs. Change the pack length."
         )
 
 

@@ -8,52 +8,59 @@ import torch
 
 from unimega.config.model import ModelSpec
 from unimega.parallel.groups import Groups
-from unimega.parallel.parameter import checkpoint_parts, sharded_dim, vocabulary_rows
+from unimega.parallel.parameter import is_expert
+from unimega.parallel.parts import Part, parts
 from unimega.parallel.pipeline import PipelineStage
 
 
 def initialize_weights(stages: Sequence[PipelineStage], spec: ModelSpec, groups: Groups, *, seed: int) -> None:
-    """Fill all parameters: norms 1, biases 0, matrices normal with the standard deviations of ``spec``.
+    """Fill all parameters: norms 1, biases 0, matrices normal with the standard deviations of ``spec``; LoRA as PEFT.
 
-    Every rank draws the global tensor and keeps its part, so any tp, pp and dp start from the same numbers. With
-    ``init_vision = "text"`` the split weights of other modalities are drawn from text's name.
+    Every rank draws the global tensor and keeps its part, so any layout starts from the same numbers; of experts, each
+    of which has a name of its own, it draws those it holds. With ``init_vision = "text"`` the split weights of other
+    modalities are drawn from text's name.
     """
     with torch.no_grad():
         for stage in stages:
             for name, values in stage.weights():
-                for key, part in checkpoint_parts(name, values).items():
-                    _fill(key, part, values, spec, groups, seed)
+                values.zero_()  # biases, B of LoRA, and rows that the vocabulary is padded with
+                for part in parts(name, values, groups):
+                    _fill(part, values, spec, seed)
 
 
-def _fill(key: str, part: torch.Tensor, parameter: torch.Tensor, spec: ModelSpec, groups: Groups, seed: int) -> None:
+def _fill(part: Part, values: torch.Tensor, spec: ModelSpec, seed: int) -> None:
+    key, mine = part.key, part.of(values)
     if "norm" in key:
-        part.fill_(1.0)
+        mine.fill_(1.0)
         return
-    if ".bias" in key:
-        part.zero_()
+    if ".bias" in key or ".lora_b" in key:
         return
-    tp, dim = groups.tp, sharded_dim(parameter)
-    shape = list(part.shape)
-    if dim is not None:
-        shape[dim] *= tp.size()
-    rows = vocabulary_rows(parameter)
-    if rows is not None:
-        shape[0] = rows
     if spec.init_vision == "text":
         for other in spec.modalities[1:]:
             key = key.removesuffix(f"_{other}") + f"_{spec.modalities[0]}" if key.endswith(f"_{other}") else key
-    whole = draw(key, shape, spec, seed=seed)
-    if rows is not None:
-        start = tp.rank() * part.shape[0]
-        mine = whole[start : start + part.shape[0]]
-        part.zero_()
-        part[: len(mine)] = mine
-    else:
-        part.copy_(whole if dim is None else whole.chunk(tp.size(), dim)[tp.rank()])
+    if not is_expert(values):
+        mine.copy_(draw(key, part.shape, spec, seed=seed)[part.window(values)])
+        return
+    held, *within = part.window(values)
+    for number in range(held.start, held.stop):
+        whole = _draw(f"{key}.{number}", part.shape[1:], spec, seed)
+        mine[number - held.start].copy_(whole[tuple(within)])
 
 
 def draw(key: str, shape: Sequence[int], spec: ModelSpec, *, seed: int) -> torch.Tensor:
-    """The initial values of a matrix: fp32, whole, on the host; a function of ``seed``, ``key`` and ``shape`` alone."""
+    """The initial values of a matrix: fp32, whole, on the host; a function of ``seed``, ``key`` and ``shape`` alone.
+
+    Of experts, [E, ...], each is drawn by itself: ``initialize_weights`` gives every rank those that it holds.
+    """
+    if ".experts." in key:
+        return torch.stack([_draw(f"{key}.{number}", shape[1:], spec, seed) for number in range(shape[0])])
+    return _draw(key, shape, spec, seed)
+
+
+def _draw(key: str, shape: Sequence[int], spec: ModelSpec, seed: int) -> torch.Tensor:
+    if ".lora_a" in key:
+        bound = shape[-1] ** -0.5
+        return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=_generator(seed, key))
     return torch.empty(tuple(shape)).normal_(std=deviation(key, spec), generator=_generator(seed, key))
 
 

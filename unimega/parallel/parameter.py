@@ -6,15 +6,19 @@ alone sets and reads them; docs/parallelism.md lists them all.
 - ``tensor_model_parallel, partition_dim``: a shard; its square counts in the gradient norm on every tp rank, that of an
   unmarked one on tp rank 0 alone;
 - ``sequence_parallel``: under sequence parallelism it sees only this rank's rows, so its gradient is summed over tp;
+- ``allreduce = False``: of experts; its gradient is summed, its optimizer state cut, over expert_dp in place of dp;
 - ``shared_embedding, shared``: the tied table on the first and the last stage (``mark_tied``);
 - q/k norms see only this rank's heads: megatron-core finds them by ``q_layernorm`` and ``k_layernorm`` in their names.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import nn
+
+Axis = Literal["tp", "ep", "etp"]
+"""Of the mesh, that a dim of a parameter is cut over."""
 
 
 def parameter(*shape: int, dim: int | None = None, tp: int = 1, on_local_rows: bool = False) -> nn.Parameter:
@@ -25,12 +29,27 @@ def parameter(*shape: int, dim: int | None = None, tp: int = 1, on_local_rows: b
         dim: the sharded dim; None: every tp rank holds the whole.
         on_local_rows: it acts on this rank's rows under sequence parallelism (norms, biases after the reduction).
     """
-    local = [size // tp if axis == dim else size for axis, size in enumerate(shape)]
-    made = nn.Parameter(torch.empty(local, dtype=torch.float32))
+    made = _empty(shape, {} if dim is None else {dim: tp})
     if dim is None:
         _mark(made, tensor_model_parallel=False, partition_dim=-1, sequence_parallel=on_local_rows)
     else:
         set_tensor_model_parallel_attributes(made, is_parallel=True, dim=dim, stride=1)
+    return made
+
+
+def expert_parameter(*shape: int, dim: int | None, ep: int = 1, etp: int = 1) -> nn.Parameter:
+    """An uninitialised fp32 parameter of a layer's experts, on the host.
+
+    Args:
+        shape: of the global tensor, [E, ...]; the first dim is divided by ``ep``, ``dim`` by ``etp``.
+        dim: the dim that etp cuts, not the first; None: every etp rank holds the whole.
+    """
+    made = _empty(shape, {0: ep} if dim is None else {0: ep, dim: etp})
+    # without etp, ranks of tp hold other experts or see other rows: each counts in the norm
+    set_tensor_model_parallel_attributes(
+        made, is_parallel=dim is not None or etp == 1, dim=-1 if dim is None else dim, stride=1
+    )
+    _mark(made, allreduce=False)
     return made
 
 
@@ -52,14 +71,24 @@ def mark_tied(table: nn.Parameter, *, duplicate: bool) -> None:
         _mark(table, shared=True)
 
 
-def sharded_dim(values: torch.Tensor) -> int | None:
-    """The dim of a parameter that is cut over tp; None: every tp rank holds the whole.
+def is_expert(values: torch.Tensor) -> bool:
+    """Whether it is a parameter of experts, with copies over expert_dp in place of dp."""
+    return not getattr(values, "allreduce", True)
+
+
+def cuts(values: torch.Tensor) -> dict[int, Axis]:
+    """The dims of a parameter that are cut, and over what; none of a buffer.
 
     Raises:
-        AttributeError: the tensor was not made here and carries no marks.
+        AttributeError: the parameter was not made here and carries no marks.
     """
+    if not isinstance(values, nn.Parameter):
+        return {}
     marked: Any = values
-    return marked.partition_dim if marked.tensor_model_parallel else None
+    dim = marked.partition_dim
+    if is_expert(values):
+        return {0: "ep"} if dim < 0 else {0: "ep", dim: "etp"}
+    return {dim: "tp"} if marked.tensor_model_parallel else {}
 
 
 def vocabulary_rows(values: torch.Tensor) -> int | None:
@@ -68,23 +97,16 @@ def vocabulary_rows(values: torch.Tensor) -> int | None:
 
 
 def main_grad(values: torch.Tensor) -> torch.Tensor | None:
-    """The accumulated fp32 gradient, which megatron-core's DDP attaches; None for a frozen parameter."""
+    """The accumulated fp32 gradient, which megatron-core's DDP attaches; None for a frozen parameter or a buffer."""
     marked: Any = values
     return marked.main_grad if values.requires_grad else None
+
+
+def _empty(shape: tuple[int, ...], divided: dict[int, int]) -> nn.Parameter:
+    local = [size // divided.get(axis, 1) for axis, size in enumerate(shape)]
+    return nn.Parameter(torch.empty(local, dtype=torch.float32))
 
 
 def _mark(values: nn.Parameter, **marks: bool | int) -> None:
     for name, value in marks.items():
         setattr(values, name, value)
-
-
-def checkpoint_parts(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors that a checkpoint stores for one parameter: views of it, by key.
-
-    ``gate_up`` holds [gate; up] of this rank; a checkpoint keeps the two apart so that tp may change. Those of experts,
-    [E, 2F, D], are whole on a rank and stay together: a block of a checkpoint is a run of rows of the first dim.
-    """
-    if ".gate_up." not in name or values.ndim == 3:
-        return {name: values}
-    gate, up = values.chunk(2, 0)
-    return {name.replace(".gate_up.", ".gate."): gate, name.replace(".gate_up.", ".up."): up}

@@ -45,6 +45,12 @@ class PipelineStage(nn.Module):
             tied = name == "head.weight" and self.share_embeddings_and_output_weights
             yield ("embedding.weight" if tied else name), values
 
+    def stored(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What a checkpoint holds: the weights, and the buffers that are no constants (biases that balance loads)."""
+        yield from self.weights()
+        kept = self.state_dict(keep_vars=True).keys()
+        yield from ((name, values) for name, values in self.named_buffers() if name in kept)
+
     def received(self) -> torch.Tensor:
         """The state from the stage before, [rows, D]."""
         assert self._received is not None

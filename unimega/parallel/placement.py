@@ -1,10 +1,10 @@
 """Where each tensor of this rank lies in the global one: what megatron-core's checkpoints need to be free of layouts.
 
-Keys are parameter names; ``gate_up`` is stored as ``gate`` and ``up``; rows that were added to divide by tp are not
-stored. The state of the optimizer is cut over dp in flat ranges of this rank's shard: such a range of a matrix is
-at most three boxes (the end of a row, whole rows, the start of a row), of the weights of experts at most five, so it is
-described, written and read where it lies.
-Nothing is gathered, and any tp, pp, vpp, layout and dp can read it.
+Keys are parameter names (``parts``); the weights of experts are [E, F, D] for gate and up, [E, D, F] for down. The
+state of the optimizer is cut over dp, or expert_dp, in flat ranges of this rank's shard: such a range of a matrix is at
+most three boxes (the end of a row, whole rows, the start of a row), of the weights of experts at most five, twice as
+many where it holds gate and up, so it is described, written and read where it lies.
+Nothing is gathered, and any tp, ep, etp, pp, vpp, layout and dp can read it.
 
 megatron-core's own ``fully_reshardable`` gathers 12 bytes per parameter on every rank, and in 0.16.1 stores shifted
 states if buckets are padded: it cuts with offsets that count the padding out of a copy without. Its ``dp_reshardable``
@@ -22,25 +22,12 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 
 from unimega.parallel.groups import Groups
-from unimega.parallel.parameter import checkpoint_parts, sharded_dim, vocabulary_rows
+from unimega.parallel.parts import copies, parts, whole_over
 from unimega.parallel.pipeline import PipelineStage
 
 Form = Literal["reshardable", "fast"]
 STATE_PREFIX = "optimizer."
 """Of all keys that are no weights: ``{param, exp_avg, exp_avg_sq}.KEY``, ``fast.RANK...``, ``rng.RANK...`` after it."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows [first, first + rows) of a parameter's shard, which are one block of the global tensor ``key``."""
-
-    key: str
-    first: int
-    rows: int
-    shape: tuple[int, ...]
-    """Of the global tensor."""
-    offset: tuple[int, ...]
-    """Of the block in it."""
 
 
 @dataclass(frozen=True)
@@ -56,38 +43,20 @@ class Fragment:
     """[end - start] each: exp_avg, exp_avg_sq and, if the parameter is not fp32 itself, param (the master weight)."""
 
 
-def parts(name: str, values: torch.Tensor, groups: Groups) -> list[Part]:
-    """The blocks of global tensors that a parameter's shard consists of; none if it holds added rows alone."""
-    tp, dim = groups.tp, sharded_dim(values)
-    found, first = [], 0
-    for key, part in checkpoint_parts(name, values).items():
-        shape, offset, rows = list(part.shape), [0] * part.ndim, part.shape[0]
-        if dim is not None:
-            offset[dim] = tp.rank() * shape[dim]
-            shape[dim] *= tp.size()
-        if (in_file := vocabulary_rows(values)) is not None:
-            shape[0] = in_file
-            rows = max(0, min(rows, in_file - offset[0]))
-        if rows:
-            found.append(Part(key, first, rows, tuple(shape), tuple(offset)))
-        first += part.shape[0]
-    return found
-
-
 def sharded_weights(stages: Sequence[PipelineStage], groups: Groups) -> list[ShardedTensor]:
     """This rank's weights as views of the parameters; of their dp copies each is written by one rank, in turns."""
     made = []
-    loads = [0] * groups.dp.size()
+    loads = {group: [0] * group.size() for group in (groups.dp, groups.expert_dp)}
     for stage in stages:
-        for name, values in stage.weights():
+        for name, values in stage.stored():
+            same = copies(values, groups)
             for part in parts(name, values, groups):
-                block = values.detach().narrow(0, part.first, part.rows)
-                writer = loads.index(min(loads))
-                loads[writer] += block.numel()
-                copy = (groups.dp.rank() - writer) % groups.dp.size()
-                made.append(
-                    _tensor(part.key, block, part.shape, part.offset, _replica(stage, name, values, groups, copy))
-                )
+                block = part.of(values.detach())
+                writer = loads[same].index(min(loads[same]))
+                loads[same][writer] += block.numel()
+                copy = (same.rank() - writer) % same.size()
+                replica = _replica(values, groups, duplicate=_is_duplicate(stage, name), copy=copy)
+                made.append(_tensor(part.key, block, part.shape, part.offset, replica))
     return made
 
 
@@ -133,7 +102,7 @@ def fragments(optimizer: MegatronOptimizer, stages: Sequence[PipelineStage]) -> 
 
 def global_shapes(stages: Sequence[PipelineStage], groups: Groups) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights of the model by key. Collective over pp and tp."""
-    mine = {part.key: part.shape for s in stages for name, v in s.weights() for part in parts(name, v, groups)}
+    mine = {part.key: part.shape for s in stages for name, v in s.stored() for part in parts(name, v, groups)}
     for group in (groups.tp, groups.pp):
         everyone: list[Any] = [None] * group.size()
         dist.all_gather_object(everyone, mine, group=group)
@@ -161,18 +130,20 @@ def boxes(start: int, end: int, shape: Sequence[int]) -> list[tuple[tuple[int, .
 
 def _blocks(fragment: Fragment, state: str, values: torch.Tensor, groups: Groups) -> list[ShardedTensor]:
     """The boxes of one state in the global tensors."""
-    parameter = fragment.parameter
-    columns = parameter[0].numel()
-    replica = (int(fragment.duplicate), 0 if sharded_dim(parameter) is not None else groups.tp.rank(), 0)
-    made = []
-    for part in parts(fragment.name, parameter, groups):
-        first = part.first * columns
-        start, end = max(fragment.start, first), min(fragment.end, first + part.rows * columns)
-        taken = start - fragment.start
-        for place, size in boxes(start - first, end - first, (part.rows, *parameter.shape[1:])):
-            block = values[taken : taken + math.prod(size)].view(size)
-            taken += block.numel()
-            offset = tuple(a + b for a, b in zip(part.offset, place, strict=True))
+    replica = _replica(fragment.parameter, groups, duplicate=fragment.duplicate, copy=0)
+    found = parts(fragment.name, fragment.parameter, groups)
+    made, taken = [], 0
+    for place, size in boxes(fragment.start, fragment.end, fragment.parameter.shape):
+        box = values[taken : taken + math.prod(size)].view(size)
+        taken += box.numel()
+        for part in found:
+            within = place[part.axis] - part.first
+            start, end = max(0, -within), min(size[part.axis], part.size - within)
+            if start >= end:
+                continue
+            inner = [within + start if axis == part.axis else at for axis, at in enumerate(place)]
+            offset = tuple(a + b for a, b in zip(part.offset, inner, strict=True))
+            block = box.narrow(part.axis, start, end - start)
             made.append(_tensor(f"{STATE_PREFIX}{state}.{part.key}", block, part.shape, offset, replica))
     return made
 
@@ -191,9 +162,10 @@ def _tensor(
     )
 
 
-def _replica(stage: PipelineStage, name: str, values: torch.Tensor, groups: Groups, copy: int) -> tuple[int, int, int]:
+def _replica(values: torch.Tensor, groups: Groups, *, duplicate: bool, copy: int) -> tuple[int, int, int]:
     """Which copy of a weight this is; (0, 0, 0) is written."""
-    return int(_is_duplicate(stage, name)), 0 if sharded_dim(values) is not None else groups.tp.rank(), copy
+    whole = whole_over(values, groups)
+    return int(duplicate), 0 if whole is None else whole.rank(), copy
 
 
 def _is_duplicate(stage: PipelineStage, name: str) -> bool:

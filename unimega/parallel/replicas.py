@@ -6,56 +6,48 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from unimega.errors import UnimegaError
 from unimega.parallel.groups import Groups
-from unimega.parallel.parameter import checkpoint_parts, sharded_dim, vocabulary_rows
+from unimega.parallel.parameter import is_expert
+from unimega.parallel.parts import is_first_copy, parts, whole_over
 from unimega.parallel.pipeline import PipelineStage
 
 
 def gather_tensors(
-    stages: Sequence[PipelineStage], groups: Groups, value: Callable[[nn.Parameter], torch.Tensor | None]
+    stages: Sequence[PipelineStage], groups: Groups, value: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> dict[str, torch.Tensor] | None:
     """Whole tensors by checkpoint key, on rank 0 (None elsewhere). Collective over the world; for tools and tests.
 
     Args:
         stages: without their DDP wrapping.
-        value: what to gather of a parameter, in its shape (itself, its gradient); None: leave it out.
+        value: what to gather of a parameter or stored buffer, in its shape (itself, its gradient); None: leave it out.
     """
     # arrays, as a tensor takes 30 times as long to pickle
-    mine: list[tuple[str, int | None, int | None, np.ndarray]] = []
-    if groups.dp.rank() == 0:
-        for stage in stages:
-            for name, parameter in stage.weights():
-                tensor = value(parameter)
-                if tensor is None:
-                    continue
-                dim, rows = sharded_dim(parameter), vocabulary_rows(parameter)
-                for key, part in checkpoint_parts(name, tensor.detach().float().cpu()).items():
-                    mine.append((key, dim, rows, part.numpy()))
+    mine: list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]] = []
+    for stage in stages:
+        for name, held in stage.stored():
+            tensor = value(held) if is_first_copy(held, groups) else None
+            if tensor is None:
+                continue
+            tensor = tensor.detach().float().cpu()
+            for part in parts(name, held, groups):
+                mine.append((part.key, part.shape, part.window(held), part.of(tensor).numpy()))
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object((groups.tp.rank(), mine), everyone)
+    dist.gather_object(mine, everyone)
     if everyone is None:
         return None
-    shards: dict[str, dict[int, torch.Tensor]] = {}
-    places: dict[str, tuple[int | None, int | None]] = {}
-    for tp_rank, tensors in everyone:
-        for key, dim, rows, part in tensors:
-            shards.setdefault(key, {})[tp_rank] = torch.from_numpy(part)
-            places[key] = (dim, rows)
-    return {key: _joined(parts, *places[key]) for key, parts in shards.items()}
-
-
-def _joined(parts: dict[int, torch.Tensor], dim: int | None, rows: int | None) -> torch.Tensor:
-    if dim is None:
-        return parts[0]
-    whole = torch.cat([parts[rank] for rank in sorted(parts)], dim)
-    return whole if rows is None else whole[:rows]
+    whole: dict[str, torch.Tensor] = {}
+    for blocks in everyone:
+        for key, shape, window, block in blocks:
+            whole.setdefault(key, torch.empty(shape))[window] = torch.from_numpy(block)
+    return whole
 
 
 def check_replicas(stages: Sequence[PipelineStage], groups: Groups) -> None:
-    """Compare every parameter with its copies over dp, tp (if it is not cut) and, a tied table, over pp: bit for bit.
+    """Compare every parameter with its copies bit for bit: over dp, tp (if it is not cut) and, a tied table, over pp.
+
+    Those of experts have copies over expert_dp and, if they are not cut, over etp; stored buffers over dp and tp.
 
     The mistakes that megatron-core does not report (missing marks, wrong P2P settings) show here after one step.
     Collective: one all-gather of 8 bytes per parameter over each group, one of the verdicts over the world.
@@ -65,8 +57,15 @@ def check_replicas(stages: Sequence[PipelineStage], groups: Groups) -> None:
     """
     found: list[str] = []
     for stage in stages:
-        found += _compare(dict(stage.weights()), groups.dp, "dp")
-        found += _compare({n: p for n, p in stage.weights() if sharded_dim(p) is None}, groups.tp, "tp")
+        held = dict(stage.stored())
+        experts = {name: values for name, values in held.items() if is_expert(values)}
+        others = {name: values for name, values in held.items() if name not in experts}
+        for some, along, axes in (
+            (others, (groups.dp, groups.tp), ("dp", "tp")),
+            (experts, (groups.expert_dp, groups.etp), ("expert-dp", "etp")),
+        ):
+            found += _compare(some, along[0], axes[0])
+            found += _compare({n: v for n, v in some.items() if whole_over(v, groups) is along[1]}, along[1], axes[1])
     tied = [stage.shared_embedding_or_output_weight() for stage in stages if stage.share_embeddings_and_output_weights]
     table = next((weight for weight in tied if weight is not None), None)
     if table is not None and groups.collection.embd is not None and groups.pp.size() > 1:
@@ -77,7 +76,7 @@ def check_replicas(stages: Sequence[PipelineStage], groups: Groups) -> None:
         raise UnimegaError(verdicts[0])
 
 
-def _compare(parameters: dict[str, nn.Parameter], group: dist.ProcessGroup, axis: str) -> list[str]:
+def _compare(parameters: dict[str, torch.Tensor], group: dist.ProcessGroup, axis: str) -> list[str]:
     """A line for the first parameter that differs over the group; no line if all are equal."""
     if group.size() == 1 or not parameters:
         return []
