@@ -8,6 +8,7 @@ Triton brings ptxas and cuobjdump.
 
 import argparse
 import importlib
+import inspect
 import json
 import pkgutil
 import re
@@ -20,7 +21,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from unimega.kernels import triton as ours
 from unimega.kernels.triton.launch import Launch
@@ -39,29 +39,34 @@ CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 
 
 def main() -> None:
-    """Print {"missing": [kernel], "table": {launch: {capability: {registers, stack, local, shared}}}}."""
+    """Print {"triton": version, "missing": [kernel], "table": {launch: {capability: {registers, stack, ...}}}}."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="part of a launch's name")
     parser.add_argument("--write", action="store_true", help="write docs/kernel_resources.md")
     options = parser.parse_args()
     wanted = options.only
-    launches: list[Launch] = []
-    entries: dict[int, str] = {}
-    for info in pkgutil.iter_modules(ours.__path__):
-        module = importlib.import_module(f"{ours.__name__}.{info.name}")
-        launches += list(getattr(module, "LAUNCHES", ()))
-        own = [v for v in vars(module).values() if isinstance(v, JITFunction) and v.__module__ == module.__name__]
-        entries |= {id(v.fn): f"{info.name}.{v.fn.__name__}" for v in own if not v.fn.__name__.startswith("_inline")}
-    listed = {id(launch.kernel.fn) for launch in launches}
+    every, missing = launches()
     table: dict[str, dict[str, dict[str, int]]] = {}
-    for launch in launches:
+    for launch in every:
         if wanted in launch.name:
             table.setdefault(launch.name, {}).update({str(c): resources(launch, c) for c in launch.capabilities})
-    missing = sorted(name for key, name in entries.items() if key not in listed)
     result = {"triton": triton.__version__, "missing": missing, "table": table}
     print(json.dumps(result))
     if options.write:
         PAGE.write_text(page(result))
+
+
+def launches() -> tuple[list[Launch], list[str]]:
+    """The launches that modules list, and the kernels that are in none of them."""
+    listed: list[Launch] = []
+    entries: dict[int, str] = {}
+    for info in pkgutil.iter_modules(ours.__path__):
+        module = importlib.import_module(f"{ours.__name__}.{info.name}")
+        listed += list(getattr(module, "LAUNCHES", ()))
+        own = [v for v in vars(module).values() if hasattr(v, "fn") and inspect.getmodule(v.fn) is module]
+        entries |= {id(v.fn): f"{info.name}.{v.fn.__name__}" for v in own if not v.fn.__name__.startswith("_inline")}
+    known = {id(launch.kernel.fn) for launch in listed}
+    return listed, sorted(name for key, name in entries.items() if key not in known)
 
 
 def page(result: dict[str, Any]) -> str:
@@ -84,16 +89,14 @@ def resources(launch: Launch, capability: int) -> dict[str, int]:
     compiled = triton.compile(source, target=target, options=dict(launch.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        usage, code = (
-            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
+        command = [CUOBJDUMP, "-res-usage", "-sass", file.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", dump)
+    assert found is not None, dump
     return {
         "registers": int(found[1]),
         "stack": int(found[2]),
-        "local": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "local": len(re.findall(r"\b(?:LDL|STL)\b", dump)),
         "shared": compiled.metadata.shared,
     }
 
