@@ -20,6 +20,7 @@ from typing import NoReturn, get_args
 from unimega import log
 from unimega.data.images import ImageTokenizer
 from unimega.data.preparing.job import (
+    MAX_BAD_FEW,
     MAX_BAD_SHARE,
     ROW_MB,
     TASK_MB,
@@ -44,7 +45,7 @@ a job of many sources, corpus.toml (paths start from its folder):
 
     [output]
     prefix = "corpus/mix"
-    max_bad_share = 0.01            # more bad rows than this stop the job
+    max_bad_share = 0.01            # more bad rows than this stop the job; left out: 10 of a few rows may be
 
     [tokenizer]
     path = "qwen"                   # folder with tokenizer.json
@@ -146,7 +147,10 @@ def _parser() -> argparse.ArgumentParser:
     both = parser.add_argument_group("any job")
     both.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     both.add_argument(
-        "--max-bad-share", type=float, metavar="SHARE", help=f"bad rows that are too many (default {MAX_BAD_SHARE:g})"
+        "--max-bad-share",
+        type=float,
+        metavar="SHARE",
+        help=f"more bad rows stop the job (default {MAX_BAD_SHARE:g}; {MAX_BAD_FEW} of few rows, at most half of them)",
     )
     both.add_argument("--validate", action="store_true", help="check all rows, write nothing but the quarantine")
     both.add_argument("--overwrite", action="store_true", help="replace a corpus, and parts of another job")

@@ -249,7 +249,7 @@ def test_a_job_of_bad_rows_stops_early(tmp_path, tokenizer, workers):
     """Which bad row is told first is chance with several workers, but its line is right."""
     data = jsonl([{"text": "a"}] * 1500 + [{"text": ""}] * 20_000)
     with pytest.raises(
-        DataError, match=r"rows:\d+: text is empty or missing\. \d+ of \d+ rows .* allows 1 %"
+        DataError, match=r"rows:\d+: text is empty or missing\. \d+ of \d+ rows .* allows \d+: empty text"
     ) as caught:
         convert(tmp_path, tokenizer, data, task_mb=0.01, workers=workers)
     assert int(str(caught.value).split(" of ")[1].split()[0]) < 15_000

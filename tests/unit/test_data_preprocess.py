@@ -1,7 +1,12 @@
 """jsonl to corpus, end to end with a tokenizer made here."""
 
+import errno
+import fcntl
 import importlib.util
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.unit.data_corpora import read
 from unimega.data import format as layout
+from unimega.data.preparing import work
 from unimega.data.preparing.job import MAX_BAD_SHARE, Job, LimitsSection, SourceSpec, read_job
 from unimega.data.preprocess import preprocess
 from unimega.data.reader import IndexedCorpus
 from unimega.data.tokenize import TextTokenizer
+from unimega.data.writer import write_error
 from unimega.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
@@ -192,7 +199,7 @@ BAD = {
 def test_a_bad_row_ends_the_job_with_its_line(tmp_path, tokenizer, case):
     row, line = BAD[case]
     with pytest.raises(DataError, match=rf"rows\.jsonl:3: .*{line}") as caught:
-        run(tmp_path, tokenizer, [{"text": "good"}, b"", row, {"text": "good"}])
+        run(tmp_path, tokenizer, [{"text": "good"}, b"", row, {"text": "good"}], max_bad_share=0.01)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.quarantine.jsonl", "rows.jsonl", "tokenizer"]
     (entry,) = map(json.loads, (tmp_path / "out.quarantine.jsonl").read_text().splitlines())
@@ -211,13 +218,68 @@ def test_other_mistakes(tmp_path, tokenizer):
         preprocess(make_job(tmp_path / "rows.jsonl", output="corpus/", tokenizer=tokenizer))
     with pytest.raises(DataError, match=r"input='nowhere.jsonl' is wrong"):
         preprocess(make_job("nowhere.jsonl", output=tmp_path / "o", tokenizer=tokenizer))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"pipe' is no file that can be read twice. Write its content to a file"):
+        preprocess(make_job(tmp_path / "pipe", output=tmp_path / "o", tokenizer=tokenizer))
     text_only = make_tokenizer(tmp_path / "text", specials=["<eos>"])
     with pytest.raises(DataError, match=r"no <\|vision_start\|> or no <\|vision_end\|>, and .*rows.jsonl holds images"):
         run(tmp_path, text_only, [{"caption": "a", "codes": IMAGE}])
     with pytest.raises(DataError, match=r"no end-of-text token"):
         TextTokenizer(make_tokenizer(tmp_path / "none", specials=["<pad>"]))
     with pytest.raises(DataError, match=r"rows\.jsonl:2: a row of 72 bytes, --max-row-mb allows 5e-05 MB"):
-        run(tmp_path, tokenizer, [{"text": "a"}, {"text": "b" * 60}], row_mb=5e-5)
+        run(tmp_path, tokenizer, [{"text": "a"}, {"text": "b" * 60}], row_mb=5e-5, max_bad_share=0)
+
+
+def test_a_first_try_may_have_some_bad_rows(tmp_path, tokenizer):
+    """Of few rows some may be bad if no share is given; one that is given holds for any number of rows."""
+    good, bad = {"text": "a bus"}, {"text": ""}
+    for number, rows in ((1, 20), (10, 20), (10, 100), (10, 1000)):
+        sidecar = run(tmp_path, tokenizer, [bad] * number + [good] * (rows - number))[1]
+        assert sidecar["counts"]["documents"] == rows - number
+    for number, rows, allowed in ((1, 1, 0), (2, 3, 1), (11, 100, 10), (11, 1000, 10)):
+        with pytest.raises(
+            DataError, match=rf"{number} of {rows} rows .* 0.01 \(the default\) allows {allowed}: empty"
+        ):
+            run(tmp_path, tokenizer, [bad] * number + [good] * (rows - number))
+    with pytest.raises(DataError, match=r"1 of 20 rows \(5.00 %\) are bad, --max-bad-share 0.01 allows 0: empty text"):
+        run(tmp_path, tokenizer, [bad] + [good] * 19, max_bad_share=0.01)
+
+
+def test_a_corpus_that_appears_meanwhile_is_not_replaced(tmp_path, tokenizer, monkeypatch):
+    """Two runs of one prefix: the first ends between the second's first look and its taking of the folder."""
+    run(tmp_path, tokenizer, [{"text": "first"}])
+    before = (tmp_path / "out.bin").read_bytes()
+    monkeypatch.setattr("unimega.data.preprocess.refuse_to_replace", lambda prefix: None)
+    with pytest.raises(DataError, match=r"out.idx: exists already"):
+        run(tmp_path, tokenizer, [{"text": "second"}], overwrite=False)
+    assert (tmp_path / "out.bin").read_bytes() == before and not (tmp_path / "out.work").exists()
+
+
+def test_a_lock_is_one_that_others_see(tmp_path, monkeypatch):
+    """The folder, and the lock in it, may be removed and made anew between opening and locking."""
+    folder, flock, taken = tmp_path / "out.work", fcntl.flock, []
+
+    def removed_first(lock, how):
+        if not taken:
+            shutil.rmtree(folder)
+            folder.mkdir()
+            (folder / "lock").touch()
+        taken.append(flock(lock, how))
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with work._locked(folder) as lock:
+        assert len(taken) == 2 and os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat())
+        with pytest.raises(DataError, match=r"another process writes this corpus"):
+            work._locked(folder)
+
+
+def test_what_cannot_be_written_says_why(tmp_path):
+    """Only a full disk is told to be full."""
+    for number in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        line = str(write_error(tmp_path / "out", OSError(number, os.strerror(number))))
+        assert os.strerror(number) in line and "Choose another output" in line and "free" not in line
+    line = str(write_error(tmp_path / "out", OSError(errno.ENOSPC, "No space"), wanted=7))
+    assert re.search(r"out: 7 bytes cannot be written \(No space; .* MB are free\). Make room and run again", line)
 
 
 def _tool(tmp_path, *arguments):
@@ -294,6 +356,7 @@ def test_what_the_command_line_refuses(tmp_path, tool):
     for flags, line in (
         (("--fields", "body=x"), "fields: unknown field 'body'. Known: text"),
         (("--max-bad-share", 2), "--max-bad-share=2.0 is wrong"),
+        (("--codebook", 2**31), "--codebook=2147483648 is too large. It is at most 1073741824"),
         (("--task-mb", 0), "--task-mb=0.0 is wrong"),
         (("--max-row-mb", "nan"), "--max-row-mb=nan is wrong"),
     ):

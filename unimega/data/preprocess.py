@@ -14,7 +14,7 @@ from unimega.data.preparing.job import Job
 from unimega.data.preparing.merge import merge, too_many, write_entries
 from unimega.data.preparing.plan import Plan, make
 from unimega.data.preparing.task import Delta, Worker
-from unimega.data.preparing.work import Work
+from unimega.data.preparing.work import Work, refuse_to_replace
 from unimega.data.tokenize import TextTokenizer
 from unimega.errors import DataError
 
@@ -53,8 +53,8 @@ def preprocess(job: Job, progress: Callable[[Progress], None] = lambda _: None) 
         DataError: a file is missing or damaged, too many rows are bad (``file:line: why``), or the output cannot be
             written; no reader sees anything half-written, and finished parts are kept for the next run.
     """
-    if not job.validate and not job.overwrite and Path(f"{job.output}.idx").exists():
-        raise DataError(f"{job.output}.idx: exists already. Choose another output or pass --overwrite.")
+    if not job.validate and not job.overwrite:
+        refuse_to_replace(job.output)  # before anything takes time; Work looks again
     tokenizer = TextTokenizer(job.tokenizer, backend=job.backend)
     plan = make(job, tokenizer)
     with Work(plan) as work:
@@ -97,7 +97,7 @@ class _Watch:
         self._tokens += delta.tokens
         self._bad.update(delta.bad)
         self._examples += delta.examples
-        if self._rows >= _JUDGED_FROM and self._bad.total() > self._plan.job.max_bad_share * self._rows:
+        if self._rows >= _JUDGED_FROM and self._bad.total() > self._plan.job.may_be_bad(self._rows):
             self._stop()
         self.tick()
 

@@ -1,5 +1,6 @@
 """Write a `.bin/.idx/.json` corpus: streamed, summed block by block, published with the index last."""
 
+import errno
 import json
 import os
 import shutil
@@ -20,17 +21,20 @@ _TABLES = ("lengths", "documents", "modes")
 """Parts of the index, kept in files until their number is known: an index of 10^9 sequences is 21 GB."""
 _ENDINGS = ("bin", "idx", "json", *_TABLES)
 _CHUNK = 1 << 18
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MODES = 1 << 6
 
 
 def write_error(path: str | Path, error: OSError, *, wanted: int | None = None) -> DataError:
-    """The line for a file that cannot be written: how much was wanted and how much is free."""
+    """The line for a file that cannot be written; on a full disk, how much was wanted and how much is free."""
+    reason = error.strerror or str(error)
+    if error.errno not in _FULL:
+        return DataError(f"{path}: cannot be written ({reason}). Choose another output, or make this one writable.")
     try:
         free = f"; {shutil.disk_usage(Path(path).parent).free / 1e6:.1f} MB are free"
     except OSError:
         free = ""
     what = "" if wanted is None else f"{wanted} bytes "
-    reason = error.strerror or str(error)
     return DataError(f"{path}: {what}cannot be written ({reason}{free}). Make room and run again.")
 
 

@@ -16,6 +16,9 @@ from unimega.errors import ConfigError, DataError
 
 Direction = Literal["auto", "both", "t2i", "i2t"]
 ROW_MB, TASK_MB, MAX_BAD_SHARE = 16.0, 16.0, 0.01
+MAX_BAD_FEW = 10
+"""Bad rows that a small job may have where no share is given: one of 20 rows says little about the rest."""
+_MAX_CODEBOOK = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +57,8 @@ class Job:
     """NAME:PATH, for the sidecar."""
     folder: str = ""
     """Where relative paths start from; absent: the working directory."""
-    max_bad_share: float = MAX_BAD_SHARE
-    """Share of rows that may be bad before the job stops."""
+    max_bad_share: float | None = None
+    """Share of rows that may be bad before the job stops; absent: MAX_BAD_SHARE, or MAX_BAD_FEW rows but not most."""
     row_mb: float = ROW_MB
     """Longest row, in 10^6 bytes; a longer one is bad."""
     task_mb: float = TASK_MB
@@ -65,13 +68,19 @@ class Job:
     """Read and check all rows, and write nothing but the quarantine."""
     overwrite: bool = False
 
+    def may_be_bad(self, rows: int) -> float:
+        """How many of so many rows may be bad."""
+        if self.max_bad_share is not None:
+            return self.max_bad_share * rows
+        return max(MAX_BAD_SHARE * rows, min(MAX_BAD_FEW, rows / 2))
+
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSection:
     """``[output]``."""
 
     prefix: str = ""
-    max_bad_share: float = MAX_BAD_SHARE
+    max_bad_share: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +146,12 @@ def check(job: Job) -> None:
         for value in values:
             if value is not None and value < 1:
                 raise DataError(f"{option}={value} is too small. It is at least 1; leave it out for text alone.")
+            if value is not None and value > _MAX_CODEBOOK:
+                raise DataError(f"{option}={value} is too large. It is at most {_MAX_CODEBOOK}: ids are of 32 bits.")
     for option, size in (("--max-row-mb", job.row_mb), ("--task-mb", job.task_mb)):
         if not 1e-6 <= size <= 1e6:
             raise DataError(f"{option}={size} is wrong. It is a number of 10^6 bytes above 0, at most 10^6.")
-    if not 0 <= job.max_bad_share <= 1:
+    if job.max_bad_share is not None and not 0 <= job.max_bad_share <= 1:
         raise DataError(f"--max-bad-share={job.max_bad_share} is wrong. It is a share: 0 (none) to 1 (all).")
     if job.workers < 1:
         raise DataError(f"--workers={job.workers} is too small. It is at least 1.")
@@ -163,6 +174,8 @@ def expand(source: SourceSpec, folder: str) -> list[str]:
             continue
         if os.path.isdir(os.path.join(folder, pattern)):
             raise DataError(f"input='{pattern}' is a folder. Name its files: '{pattern.rstrip('/')}/*.jsonl'.")
+        if os.path.exists(os.path.join(folder, pattern)):
+            raise DataError(f"input='{pattern}' is no file that can be read twice. Write its content to a file.")
         if not glob.has_magic(pattern):
             raise DataError(f"input='{pattern}' is wrong. There is no such file.")
         names = sorted(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import unimega
+from unimega.data.preparing.job import MAX_BAD_SHARE
 from unimega.data.preparing.parts import PartReader, Record, Run
 from unimega.data.preparing.plan import Plan
 from unimega.data.preparing.work import BadRows, Work
@@ -44,7 +45,7 @@ def merge(plan: Plan, work: Work, *, tick: Callable[[], None]) -> dict[str, Any]
     facts = _facts(plan, counts)
     rows, bad = sum(one.rows for one in counts), sum((one.quarantined for one in counts), Counter[str]())
     _write_quarantine(plan, work, bad.total())
-    if bad.total() > plan.job.max_bad_share * rows:
+    if bad.total() > plan.job.may_be_bad(rows):
         with quarantine(plan).open() as refused:
             raise too_many(plan, rows, bad, json.loads(refused.readline()))
     if not any(source["documents"] for source in facts["sources"]):
@@ -73,9 +74,11 @@ def too_many(plan: Plan, rows: int, bad: Mapping[str, int], first: Mapping[str, 
     """The refusal of a corpus with too many bad rows; ``first`` is an entry of the quarantine."""
     total = sum(bad.values())
     most = ", ".join(f"{reason} ({count})" for reason, count in Counter(bad).most_common(3))
+    given = plan.job.max_bad_share
+    share, default = (MAX_BAD_SHARE, " (the default)") if given is None else (given, "")
     return BadRows(
         f"{first['file']}:{first['line']}: {first['detail']}. {total} of {rows} rows ({100 * total / rows:.2f} %) are "
-        f"bad, --max-bad-share {plan.job.max_bad_share:g} allows {100 * plan.job.max_bad_share:g} %: {most}. "
+        f"bad, --max-bad-share {share:g}{default} allows {int(plan.job.may_be_bad(rows))}: {most}. "
         f"See {quarantine(plan)}."
     )
 

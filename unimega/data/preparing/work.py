@@ -7,7 +7,7 @@ import shutil
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from unimega import log
 from unimega.data.preparing.parts import Record, read_record
@@ -19,10 +19,40 @@ from unimega.errors import DataError
 _log = log.get(__name__)
 _SETTINGS, _LOCK = "job.json", "lock"
 _WORTH_KEEPING_SECONDS = 60
+_LOCK_TRIES = 100
 
 
 class BadRows(DataError):
     """The rows themselves do not make a corpus."""
+
+
+def refuse_to_replace(prefix: str) -> None:
+    """Raise DataError if the corpus is there."""
+    if Path(f"{prefix}.idx").exists():
+        raise DataError(f"{prefix}.idx: exists already. Choose another output or pass --overwrite.")
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The folder's lock, held until it is closed; a process that ends may remove the folder at any moment."""
+    path = folder / _LOCK
+    for tries_left in reversed(range(_LOCK_TRIES)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = path.open("w")
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and tries_left:
+                continue
+            raise write_error(folder, error) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except FileNotFoundError:
+            pass  # the folder went after the file was opened
+        except OSError:
+            break
+        lock.close()
+    raise DataError(f"{folder}: another process writes this corpus. Wait for it, or end it.")
 
 
 class Work:
@@ -35,20 +65,13 @@ class Work:
             DataError: another process has it, it holds parts of another job, or it cannot be written.
         """
         self.plan, self._start = plan, time.monotonic()
+        self._lock = _locked(plan.work)
         try:
-            plan.work.mkdir(parents=True, exist_ok=True)
-            self._lock = (plan.work / _LOCK).open("w")
-        except OSError as error:
-            raise write_error(plan.work, error) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise DataError(f"{plan.work}: another process writes this corpus. Wait for it, or end it.") from error
-        try:
+            if not plan.job.validate and not plan.job.overwrite:
+                refuse_to_replace(plan.job.output)  # a process that had the folder until now may have written it
             self._keep_what_fits()
         except BaseException:
-            self._lock.close()
+            self._close(keep=True)
             raise
 
     def __enter__(self) -> "Work":
@@ -60,7 +83,11 @@ class Work:
         for path in self.plan.work.glob("*.tmp"):
             path.unlink(missing_ok=True)
         judged = isinstance(error, BadRows) and time.monotonic() - self._start < _WORTH_KEEPING_SECONDS
-        if judged or not any(self.plan.work.glob("*.part")):  # nothing that a next run would gain from
+        self._close(keep=not judged)
+
+    def _close(self, *, keep: bool) -> None:
+        """Give the folder back; ``keep`` the parts in it for a next run, if there are any."""
+        if not keep or not any(self.plan.work.glob("*.part")):
             self.remove()
         self._lock.close()
 
