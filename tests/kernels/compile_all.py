@@ -79,7 +79,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def resources(launch: Launch, capability: int) -> dict[str, int]:
-    """Registers a thread, bytes of stack, instructions on local memory, bytes of shared memory."""
+    """Registers a thread, bytes of stack (where spilled registers go) and local memory, bytes of shared memory."""
     names = launch.kernel.arg_names
     types = {name: "constexpr" if name in launch.constants else launch.types[name] for name in names}
     aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name in launch.multiples]
@@ -89,14 +89,14 @@ def resources(launch: Launch, capability: int) -> dict[str, int]:
     compiled = triton.compile(source, target=target, options=dict(launch.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        command = [CUOBJDUMP, "-res-usage", "-sass", file.name]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", dump)
-    assert found is not None, dump
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found is not None, usage
     return {
         "registers": int(found[1]),
         "stack": int(found[2]),
-        "local": len(re.findall(r"\b(?:LDL|STL)\b", dump)),
+        "local": int(found[3]),
         "shared": compiled.metadata.shared,
     }
 
