@@ -7,7 +7,7 @@ where the run was, and ``manifest.json`` with size and checksum of each file; no
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,8 +151,17 @@ def _misnamed(step: Path, number: int) -> str | None:
     return None if saved == number else f"{TRAINING_FILE} is of step {saved}: the folder was renamed or copied"
 
 
-def load_weights(path: str | os.PathLike[str], stages: Sequence[PipelineStage], groups: Groups) -> None:
+def load_weights(
+    path: str | os.PathLike[str],
+    stages: Sequence[PipelineStage],
+    groups: Groups,
+    *,
+    without: Callable[[str], bool] | None = None,
+) -> None:
     """Fill the parameters, on their device, from a checkpoint of any layout. Collective over the world.
+
+    Args:
+        without: parameters, by key, that the checkpoint has not and that stay as they are; None: it has all.
 
     Raises:
         CheckpointError: tensors are missing, left over, or of another shape, or files are missing or damaged.
@@ -160,15 +169,18 @@ def load_weights(path: str | os.PathLike[str], stages: Sequence[PipelineStage], 
     step = resolve_step(path)
     if fault := verify(step):
         raise damaged(step, fault)
-    _fill(step, stages, groups)
+    _fill(step, stages, groups, without or (lambda key: False))
 
 
-def _fill(step: Path, stages: Sequence[PipelineStage], groups: Groups) -> None:
+def _fill(
+    step: Path, stages: Sequence[PipelineStage], groups: Groups, without: Callable[[str], bool] = lambda key: False
+) -> None:
     stored = _stored_shapes(step)
     weights = {key: shape for key, shape in stored.items() if not key.startswith(STATE_PREFIX)}
-    _compare(step, weights, placement.global_shapes(stages, groups))
+    wanted = placement.global_shapes(stages, groups)
+    _compare(step, weights, {key: shape for key, shape in wanted.items() if not without(key)})
     _clear_added_rows(stages, groups)
-    _load(step, placement.sharded_weights(stages, groups))
+    _load(step, [tensor for tensor in placement.sharded_weights(stages, groups) if not without(tensor.key)])
 
 
 def load_training(step: Path, trainee: Trainee) -> dict[str, Any]:

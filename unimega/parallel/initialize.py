@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,16 +13,25 @@ from unimega.parallel.parts import Part, parts
 from unimega.parallel.pipeline import PipelineStage
 
 
-def initialize_weights(stages: Sequence[PipelineStage], spec: ModelSpec, groups: Groups, *, seed: int) -> None:
+def initialize_weights(
+    stages: Sequence[PipelineStage],
+    spec: ModelSpec,
+    groups: Groups,
+    *,
+    seed: int,
+    only: Callable[[str], bool] = lambda name: True,
+) -> None:
     """Fill all parameters: norms 1, biases 0, matrices normal with the standard deviations of ``spec``; LoRA as PEFT.
 
     Every rank draws the global tensor and keeps its part, so any layout starts from the same numbers; of experts, each
     of which has a name of its own, it draws those it holds. With ``init_vision = "text"`` the split weights of other
-    modalities are drawn from text's name.
+    modalities are drawn from text's name. ``only``: parameters that are filled, by name.
     """
     with torch.no_grad():
         for stage in stages:
             for name, values in stage.weights():
+                if not only(name):
+                    continue
                 values.zero_()  # biases, B of LoRA, and rows that the vocabulary is padded with
                 for part in parts(name, values, groups):
                     _fill(part, values, spec, seed)

@@ -143,6 +143,11 @@ def adapt(stage: nn.Module, lora: Lora | None) -> None:
             module.adapt(lora)
 
 
+def is_factor(name: str) -> bool:
+    """Whether a parameter or key of a checkpoint is a factor."""
+    return ".lora_a" in name or ".lora_b" in name
+
+
 def merge(stages: Sequence[nn.Module]) -> None:
     """Add what the factors make to the weights, and leave them out of forwards. Sums are fp32 and rounded once.
 

@@ -11,24 +11,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from unimega import backend, log
+from unimega import backend
 from unimega.batch import Microbatch
 from unimega.config.model import ModelSpec
 from unimega.config.rules import layout
 from unimega.config.schema import OptimizerConfig, ParallelConfig
-from unimega.errors import CheckpointError
 from unimega.kernels import registry
 from unimega.layers.context import Build
 from unimega.models.build import build_stages
 from unimega.parallel import checkpoint, groups, initialize, optimizer, pipeline, replicas
 from unimega.parallel.experts import ExpertLayout
 from unimega.parallel.linear import Layout
+from unimega.parallel.lora import is_factor
 from unimega.parallel.megatron_config import transformer_config
 from unimega.parallel.parameter import main_grad
+from unimega.training.same_model import check_same_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-logger = log.get(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,10 @@ class Engine:
         rates = [rate.match for rate in optimizer_config.rates] if optimizer_config else []
         optimizer.check_patterns("optimizer.rates.match", rates, self.parameter_names)
         if initial:
-            _check_same_model(initial, spec)
-            checkpoint.load_weights(initial, self.stages, self.groups)
+            fresh = is_factor if check_same_model(initial, spec, starts=True) else None
+            if fresh is not None:
+                initialize.initialize_weights(self.stages, spec, self.groups, seed=seed, only=fresh)
+            checkpoint.load_weights(initial, self.stages, self.groups, without=fresh)
         else:
             initialize.initialize_weights(self.stages, spec, self.groups, seed=seed)
         optimizer.freeze(self.stages, trainable)
@@ -315,7 +316,7 @@ class Engine:
         path = checkpoint.find_newest(directory)
         if path is None:
             return None
-        _check_same_model(str(path), self.spec)
+        check_same_model(str(path), self.spec)
         state = checkpoint.load_training(path, self._trainee())
         return Resumed(step=state["step"], path=path, training=state["training"])
 
@@ -357,28 +358,3 @@ def _known(kernels: dict[str, str], device: torch.device) -> dict[str, str]:
     for op, implementation in kernels.items():
         registry.resolve(op, device=device, impl=implementation)
     return kernels
-
-
-def _check_same_model(path: str, spec: ModelSpec) -> None:
-    """Compare the description beside the weights: shapes alone do not tell 2 heads of 24 from 4 of 12.
-
-    What may well be changed on purpose (RoPE base, epsilon, initial values) is only logged.
-
-    Raises:
-        CheckpointError: the weights mean something else in this model; names the first field.
-    """
-    stored = checkpoint.read_model(path).get("spec")
-    if stored is None:
-        return
-    theirs, ours = ModelSpec.from_dict(stored).to_dict(), spec.to_dict()
-    for key in ("heads", "kv_heads", "head_width", "qk_norm", "tied", "skip", "layers"):
-        if theirs[key] != ours[key]:
-            found = "other layers" if key == "layers" else f"{key}={theirs[key]}, the run {ours[key]}"
-            raise CheckpointError(f"{path}: the checkpoint's model has {found}. Make [model] agree with it.")
-    for key in ("starts", "rows"):
-        if theirs["vocabulary"][key] != ours["vocabulary"][key]:
-            found = f"{theirs['vocabulary'][key]}, the run has {ours['vocabulary'][key]}"
-            raise CheckpointError(f"{path}: {key} of the checkpoint's vocabulary: {found}. Make [model] agree with it.")
-    for key in ("rope_theta", "norm_eps", "cross_document"):
-        if theirs[key] != ours[key]:
-            logger.warning("%s was trained with %s=%s, this run has %s", path, key, theirs[key], ours[key])
