@@ -11,6 +11,7 @@ from unimega.config.experts import ExpertSpec
 from unimega.config.vocabulary import Vocabulary
 from unimega.layers.context import Build, Call
 from unimega.moe.layer import MoE
+from unimega.parallel.experts import ExpertLayout
 from unimega.parallel.linear import Layout
 
 WIDTH = 32
@@ -23,11 +24,17 @@ class Alone:
         return 1
 
 
-def build(vocabulary: Vocabulary = models.TWO, tp: object = None, **kernels: str) -> Build:
-    """A model of width 32 on this process alone."""
+def build(
+    vocabulary: Vocabulary = models.TWO,
+    *,
+    layout: Layout | None = None,
+    experts: ExpertLayout | None = None,
+    kernels: dict[str, str] | None = None,
+) -> Build:
+    """A model of width 32, on this process alone if no ranks are given."""
     spec = models.spec(layer.dense(1, ffn=8), vocabulary)
-    layout = Layout(tp=tp or Alone(), sequence_parallel=False)
-    return Build(spec=spec, layout=layout, device=torch.device("cpu"), kernels=kernels)
+    layout = layout or Layout(tp=Alone(), sequence_parallel=False)
+    return Build(spec=spec, layout=layout, device=torch.device("cpu"), kernels=kernels or {}, experts=experts)
 
 
 def make(experts: ExpertSpec, *, seed: int = 0, vocabulary: Vocabulary = models.TWO, **rest: object) -> MoE:
@@ -40,8 +47,12 @@ def make(experts: ExpertSpec, *, seed: int = 0, vocabulary: Vocabulary = models.
     return made
 
 
-def call(*counts: int, pads: int = 0, documents: int = 1, **rest: object) -> Call:
-    """A forward over so many tokens of each modality, and pads; documents of about equal length in input order."""
+def call(*counts: int, pads: int = 0, documents: int = 1, sp: tuple[int, int] | None = None, **rest: object) -> Call:
+    """A forward over so many tokens of each modality, and pads; documents of about equal length in input order.
+
+    ``sp``: (rank, ranks) of sequence parallelism.
+    """
+    tp_rank, tp = sp or (0, 1)
     real = sum(counts)
     modality = np.random.default_rng(real).permutation(np.repeat(np.arange(len(counts)), counts))
     document = np.arange(real) * documents // max(1, real) + 1
@@ -53,6 +64,9 @@ def call(*counts: int, pads: int = 0, documents: int = 1, **rest: object) -> Cal
         labels=np.zeros(total, dtype=np.int32),
         loss_weights=np.ones(total),
         modalities=len(counts),
+        tp_rank=tp_rank,
+        tp=tp,
+        sequence_parallel=sp is not None,
     )
     order = backend.current().to_device(batch).order
     return Call(order=order, cos=torch.empty(0), sin=torch.empty(0), **rest)

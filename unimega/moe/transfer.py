@@ -79,6 +79,8 @@ class Travel:
     def __init__(self, movement: Movement, *tensors: torch.Tensor) -> None:
         self.movement = movement
         self.works: list[dist.Work | None] = []
+        self.home: tuple[torch.Tensor | None, ...] = ()
+        """Gradients on their way back."""
         self.buffers: tuple[torch.Tensor, ...] = _Start.apply(self, *tensors)
 
     def arrive(self) -> tuple[torch.Tensor, ...]:
@@ -133,9 +135,10 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.journey.wait()
-        return None, *grads
+        home, ctx.journey.home = ctx.journey.home, ()
+        return None, *home
 
 
 class _Arrive(torch.autograd.Function):
@@ -150,7 +153,8 @@ class _Arrive(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         journey, needs = ctx.journey, ctx.needs_input_grad[1:]
         started = iter(journey.start(journey.movement.back, [g for g, n in zip(grads, needs, strict=True) if n]))
-        return None, *(next(started) if needed else None for needed in needs)
+        journey.home = tuple(next(started) if needed else None for needed in needs)
+        return None, *grads  # of the shape autograd expects; what counts is on its way
 
 
 def _gather(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work | None]:
