@@ -112,6 +112,11 @@ RULES = [
     ({}, {"parallel": {"ep": 2}}, "parallel.ep=2: the model has no routed experts to cut. Set parallel.ep = 1."),
     (
         {},
+        {"training": {"recompute": "moe"}},
+        "training.recompute='moe': the model has no routed experts to run again. Use none, selective or full.",
+    ),
+    (
+        {},
         {"parallel": {"tp": 2, "etp": 2}},
         "parallel.etp=2: the model has no routed experts to cut. Set parallel.etp = 1.",
     ),

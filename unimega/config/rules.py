@@ -263,6 +263,14 @@ def _trainable(config: RunConfig) -> None:
         )
 
 
+def _recompute(config: RunConfig) -> None:
+    layers = presets.model_spec(config.model).layers
+    if config.training.recompute == "moe" and all(layer.experts is None for layer in layers):
+        raise ConfigError(
+            "training.recompute='moe': the model has no routed experts to run again. Use none, selective or full."
+        )
+
+
 def _schedule(config: RunConfig) -> None:
     optimizer, steps = config.optimizer, config.training.steps
     if optimizer.schedule != "constant" and optimizer.min_lr > optimizer.lr:
@@ -371,6 +379,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     _betas,
     _rates,
     _trainable,
+    _recompute,
     _schedule,
     _timeout,
     _profile,

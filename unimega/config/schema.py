@@ -273,8 +273,9 @@ class TrainingConfig:
     """Packs of one forward and backward on one rank."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Parameters and activations; main gradients and master weights are fp32 in both."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward: none, attention and SwiGLU (selective), whole layers."""
+    recompute: Literal["none", "selective", "moe", "full"] = "none"
+    """Activations computed again in the backward: none, attention and SwiGLU (selective), routed experts with all that
+    is around them (moe), whole layers (full)."""
     loss_weights: dict[str, float] = field(default_factory=dict)
     """Weight of a token's loss by the modality of the input token. Absent: 1. At 0 loss_MODALITY is null."""
     trainable: tuple[str, ...] = ("*",)

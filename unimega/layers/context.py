@@ -23,6 +23,8 @@ class Build:
     """Ranks that share a layer's experts; None: every rank holds all of them, whole."""
     selective_recompute: bool = False
     """Keep the outputs of the linears only: attention and SwiGLU run again in backward."""
+    moe_recompute: bool = False
+    """Keep only the input of routed experts: router, dispatch, experts and the shared FFN run again in backward."""
 
     def kernel(self, op: str) -> str:
         """The implementation asked for."""

@@ -24,6 +24,7 @@ def build_block(build: Build, index: int, *, dp: dist.ProcessGroup) -> Block:
         attention=Attention(build, layer),
         ffn_norm=AddNorm(build, split=split),
         ffn=FFN(build, layer) if layer.experts is None else MoE(build, layer.experts, dp=dp),
+        recompute_ffn=build.moe_recompute and layer.experts is not None,
     )
 
 

@@ -25,6 +25,7 @@ from unimega.parallel.linear import Layout
 from unimega.parallel.lora import is_factor
 from unimega.parallel.megatron_config import transformer_config
 from unimega.parallel.parameter import main_grad
+from unimega.training.routing import RoutedLayers
 from unimega.training.same_model import check_same_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -68,7 +69,7 @@ class Engine:
         parallel: how ranks are cut up; the process group must exist (``backend.current().init_process_group``).
         optimizer_config: None: no gradients buffers and no optimizer, for forward passes only.
         precision: fp32 or bf16.
-        recompute: none, selective or full.
+        recompute: none, selective, moe or full.
         trainable: patterns of parameter names.
         kernels: op -> implementation.
         seed: of the initial weights.
@@ -104,6 +105,7 @@ class Engine:
             kernels=_known(kernels or {}, self.backend.device),
             experts=ExpertLayout(self.groups.ep, self.groups.etp, parallel.dispatch),
             selective_recompute=recompute == "selective",
+            moe_recompute=recompute == "moe",
         )
         self.stages = build_stages(
             build,
@@ -115,6 +117,7 @@ class Engine:
         )
         for stage in self.stages:
             stage.to(self.backend.device)
+        self.routed = RoutedLayers(self.stages, self.groups, own_rows=self.config.sequence_parallel)
         self.parameter_names = self._names()
         optimizer.check_patterns("training.trainable", trainable, self.parameter_names)
         rates = [rate.match for rate in optimizer_config.rates] if optimizer_config else []
@@ -172,6 +175,7 @@ class Engine:
             for stage in self.wrapped:
                 stage.zero_grad_buffer()
             self.optimizer.zero_grad()
+            self.routed.forget()
         reports = self._run(microbatches, forward, backward=backward, whole_gradients=whole_gradients)
         return [report["result"] for report in reports]
 
@@ -196,6 +200,7 @@ class Engine:
         applied = math.isfinite(loss) and math.isfinite(grad_norm)
         if applied:
             optimizer.update(self.optimizer, grad_norm)
+        self.routed.end_step(applied=applied)
         if not self._checked:
             self.check_replicas()
             self._checked = True
@@ -331,11 +336,14 @@ class Engine:
             "overlap": self.overlap,  # buckets, and with them the parts of dp ranks, depend on it
             "bucket": self._bucket_parameters,
         }
+        cut |= {axis: size for axis in ("ep", "etp") if (size := getattr(parallel, axis)) > 1}
         return checkpoint.Trainee(self.stages, self.groups, self.optimizer, cut)
 
     def _run(
         self, microbatches: Sequence[Microbatch], forward: Any, *, backward: bool, whole_gradients: bool = False
     ) -> list[dict[str, Any]]:
+        for stage in self.stages:
+            stage.train(backward)  # noise of routers and dropout are for training alone
         return pipeline.run_schedule(
             self.wrapped,
             microbatches,
