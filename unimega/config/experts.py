@@ -1,6 +1,6 @@
 """Routed experts as the FFN of a layer: how many, how a token finds its own, and what keeps their loads even."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -68,6 +68,19 @@ class ExpertSpec:
             raise ValueError("noise is for two experts, softmax, normalised weights, no scale, groups or bias")
         if self.shared_gate and not self.shared_width:
             raise ValueError("shared_gate needs a shared_width")
+
+    def of_inference(self) -> "ExpertSpec":
+        """What is left where nothing is trained: no losses, no noise, no room that runs out; a bias stays a bias."""
+        return replace(
+            self,
+            capacity=(),
+            noise=False,
+            bias_rate=float(self.bias_rate > 0),
+            balance=0.0,
+            balance_over="micro_batch",
+            balance_counts="all",
+            z_loss=0.0,
+        )
 
     def open_to(self, modality: int) -> int:
         """How many experts a modality, by number, may use."""

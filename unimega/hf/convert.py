@@ -14,6 +14,7 @@ from unimega.errors import CheckpointError
 from unimega.hf import start_weights
 from unimega.hf.fate import Fate
 from unimega.hf.folder import read_config
+from unimega.hf.fused import Tensors
 from unimega.hf.layout import Layout
 from unimega.hf.model_table import model_table
 from unimega.hf.names import Row, table
@@ -68,8 +69,8 @@ def import_folder(
         CheckpointError: the folder is incomplete or at odds with its config.json; the target exists.
     """
     check_checkpoint(target, overwrite=overwrite)
-    weights = Weights(folder)
     base, source = (what.base, what.source) if isinstance(what, Start) else (what, what)
+    weights = Tensors(Weights(folder), base.layout.family)
     names = table(base.spec, base.layout)
     names.check_folder(weights, shapes=weights.shapes)
     if isinstance(what, Start):
@@ -111,9 +112,10 @@ def layout_of(model: dict[str, Any]) -> Layout:
     return Layout(**source["layout"])
 
 
-def _copied(row: Row, weights: Weights) -> _Part:
+def _copied(row: Row, weights: Tensors) -> _Part:
     """A key that the folder's tensors fill."""
-    fate = Fate("copied", row.names, row.key) if row.used else Fate("carried", row.names, row.key, _NOT_USED)
+    note = weights.note(row.names[0])
+    fate = Fate("copied", row.names, row.key, note) if row.used else Fate("carried", row.names, row.key, _NOT_USED)
     tensor = Unmade(
         shape=row.key_shape,
         dtype=_dtype(row.names, weights),
@@ -122,7 +124,7 @@ def _copied(row: Row, weights: Weights) -> _Part:
     return _Part(row.key, tensor, (fate,))
 
 
-def _started(recipe: start_weights.Recipe, weights: Weights, start: Start, seed: int) -> _Part:
+def _started(recipe: start_weights.Recipe, weights: Tensors, start: Start, seed: int) -> _Part:
     """A key of a model that the folder starts."""
     names = recipe.row.names if recipe.row else ()
     dtype = _dtype(names or ("model.embed_tokens.weight",), weights)
@@ -136,7 +138,7 @@ def _started(recipe: start_weights.Recipe, weights: Weights, start: Start, seed:
     return _Part(recipe.key, Unmade(shape=recipe.shape, dtype=dtype, make=make), tuple(fates))
 
 
-def _dtype(names: Iterable[str], weights: Weights) -> torch.dtype:
+def _dtype(names: Iterable[str], weights: Tensors) -> torch.dtype:
     """Of tensors that are joined."""
     first, *others = (weights.dtypes[name] for name in names)
     for one in others:

@@ -170,7 +170,7 @@ def _shards(weights: StoredWeights, names: Table, kind: torch.dtype | None, limi
     shards: list[list[tuple[Row, torch.dtype]]] = [[]]
     room = limit
     for row in names.rows:
-        dtype = kind or weights.dtypes[row.key]
+        dtype = weights.dtypes[row.key] if row.statistic else kind or weights.dtypes[row.key]
         size = math.prod(row.key_shape) * dtype.itemsize
         if shards[-1] and size > room:
             shards.append([])

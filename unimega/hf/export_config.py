@@ -9,10 +9,12 @@ from unimega.config.layer import LayerSpec
 from unimega.config.model import ModelSpec
 from unimega.data.tokenize import SpecialIds
 from unimega.errors import CheckpointError
+from unimega.hf import export_experts
 from unimega.hf.layout import Layout
 
-STOCK = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-"""Model types of transformers that a dense model can be, with their architectures."""
+DENSE = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+STOCK = DENSE | export_experts.STOCK
+"""Model types of transformers that a model can be, with their architectures."""
 UNI_X, CODE_FILE = "uni_x", "modeling_unix.py"
 FORMATS = ("auto", UNI_X, *STOCK)
 _CARRIED = (
@@ -76,10 +78,16 @@ def describe(
     fields = {name: old[name] for name in _CARRIED if name in old} | _common(spec, dtype)
     fields.setdefault("max_position_embeddings", _DEFAULT_POSITIONS)
     fields.setdefault("initializer_range", spec.init_linear)
+    experts = export_experts.experts_of(spec)
     if model_type in STOCK:
-        layout = Layout(family="qwen")
+        layout = Layout(family="mixtral" if model_type == "mixtral" else "qwen")
         fields |= {"architectures": [STOCK[model_type]], "model_type": model_type}
         fields["attention_bias"] = spec.output_bias
+        if experts:
+            fields |= export_experts.stock_fields(spec, experts, model_type, old)
+    elif experts:
+        layout = Layout(family="qwen")
+        fields |= _code_fields(spec) | export_experts.code_fields(spec, experts, old)
     else:
         layout, variant = _variant(spec, Layout(**source["layout"]) if source else None)
         fields |= variant | _code_fields(spec)
@@ -106,6 +114,8 @@ def _model_type(spec: ModelSpec, format: str) -> str:
 
 def _stock(spec: ModelSpec) -> tuple[str | None, str]:
     """The stock model type that computes the same, and why it is no other."""
+    if experts := export_experts.experts_of(spec):
+        return export_experts.stock(spec, experts)
     if any(not _is_plain(layer, len(spec.modalities)) for layer in spec.layers):
         return None, "modalities have weights of their own"
     if len({_text_width(layer) for layer in spec.layers}) > 1:

@@ -9,6 +9,7 @@ from typing import Literal
 Kind = Literal["copied", "carried", "initialised", "dropped"]
 """``carried``: kept for the way back, though the original never uses it."""
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_EXPERT = re.compile(r"experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def count(fates: Iterable[Fate]) -> dict[Kind, int]:
 
 def each(fates: Iterable[Fate]) -> list[str]:
     """A line per key."""
-    return [_line(fate.kind, " ".join(fate.names), fate.key, fate.note) for fate in fates]
+    return [_line(fate.kind, _joined(fate.names, qkv=False), fate.key, fate.note) for fate in fates]
 
 
 def grouped(fates: Iterable[Fate]) -> list[str]:
@@ -71,8 +72,11 @@ def _ranges(numbers: Iterable[int | None]) -> str:
     return text if text.isdigit() else f"{{{text}}}"
 
 
-def _joined(names: tuple[str, ...]) -> str:
-    """q, k and v as one name."""
-    if len(names) == len("qkv"):
+def _joined(names: tuple[str, ...], *, qkv: bool = True) -> str:
+    """Those of all experts as one name, and q, k and v."""
+    experts = [int(found[1]) for name in names if (found := _EXPERT.search(name))]
+    if len(experts) > 1:
+        return _EXPERT.sub(f"experts.{_ranges(experts)}.", names[0])
+    if qkv and len(names) == len("qkv"):
         return names[0].replace("q_proj", "{q,k,v}_proj")
     return " ".join(names)

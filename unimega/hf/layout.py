@@ -8,8 +8,9 @@ from typing import Any, Literal
 class Layout:
     """How a family of folders spells the copies of a weight that belong to vision."""
 
-    family: Literal["qwen", "x", "moe", "mot"]
-    """``qwen``: no copies. Original Uni-X: ``x`` twin layers, ``moe`` FFN copies, ``mot`` attention copies too."""
+    family: Literal["qwen", "mixtral", "unimoe", "x", "moe", "mot"]
+    """``qwen``, ``mixtral``, ``unimoe``: no copies; each spells experts in its own way. Original Uni-X: ``x`` twin
+    layers, ``moe`` FFN copies, ``mot`` attention copies too."""
     encode: int = 0
     """``x``: layers below this have twins in ``vision_encode_layers``, later ones in ``vision_decode_layers``."""
 

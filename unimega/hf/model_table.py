@@ -19,4 +19,6 @@ def model_table(model: ModelConfig) -> str:
 
 def _toml(value: Any) -> str:
     """JSON spells numbers, strings, booleans and flat lists as TOML does."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {_toml(one)}" for name, one in value.items()) + " }"
     return json.dumps(list(value) if isinstance(value, tuple) else value)

@@ -1,8 +1,8 @@
 """Which tensor of a Hugging Face folder is which key of a checkpoint, as data that is read in both directions.
 
-A ``Row`` is one checkpoint key and the tensors it is made of: one, copied as it is, or q, k and v, whose rows a
-checkpoint groups per KV head (``[q.., k, v] x head_width``). The same table takes weights in and weights or gradients
-out.
+A ``Row`` is one checkpoint key and the tensors it is made of: one, copied as it is; q, k and v, whose rows a
+checkpoint groups per KV head (``[q.., k, v] x head_width``); or one of each expert, stacked. The same table takes
+weights in and weights or gradients out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from unimega.config.experts import ExpertSpec
 from unimega.config.layer import LayerSpec
 from unimega.config.model import ModelSpec
 from unimega.errors import CheckpointError
+from unimega.hf.expert_names import SPELLINGS
 from unimega.hf.layout import Layout
 
 Shape = tuple[int, ...]
@@ -21,6 +23,8 @@ Shape = tuple[int, ...]
 _TWO_MODALITIES = 2
 _SPLITS: dict[str, list[set[str]]] = {
     "qwen": [set()],
+    "mixtral": [set()],
+    "unimoe": [set()],
     "x": [set(), {"ffn"}, {"attention", "output_projection", "norms", "ffn"}],
     "moe": [set(), {"ffn"}],
     "mot": [{"attention", "ffn"}, {"attention", "output_projection", "ffn"}],
@@ -34,20 +38,28 @@ class Row:
 
     key: str
     names: tuple[str, ...]
-    """One tensor, or q, k and v."""
+    """One tensor, q, k and v, or one per expert."""
     shapes: tuple[Shape, ...]
     kv_heads: int = 0
-    """0: a copy. Else the number of groups ``[q.., k, v]`` that q, k and v are cut into, row-wise."""
+    """Above 0: the number of groups ``[q.., k, v]`` that q, k and v are cut into, row-wise."""
+    stacked: bool = False
+    """One tensor per expert; the checkpoint has them all in one."""
+    statistic: bool = False
+    """Moved between steps by what was counted: fp32, without a gradient."""
     used: bool = True
     """False: the original carries the tensor and never uses it, so it has no gradient."""
 
     @property
     def key_shape(self) -> Shape:
         """Shape of the tensor in the checkpoint."""
+        if self.stacked:
+            return (len(self.shapes), *self.shapes[0])
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
     def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """The tensors of the folder, in the order of ``names``, as the one of the checkpoint."""
+        if self.stacked:
+            return torch.stack(tensors)
         if not self.kv_heads:
             return tensors[0]
         grouped = [tensor.reshape(self.kv_heads, -1, *tensor.shape[1:]) for tensor in tensors]
@@ -55,6 +67,8 @@ class Row:
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Inverse of ``join``."""
+        if self.stacked:
+            return list(tensor.unbind())
         if not self.kv_heads:
             return [tensor]
         sizes = [shape[0] // self.kv_heads for shape in self.shapes]
@@ -98,7 +112,7 @@ class Table:
         Raises:
             CheckpointError: a key is missing, of another shape, or not of this model.
         """
-        rows = [row for row in self.rows if row.used or not gradients]
+        rows = [row for row in self.rows if not gradients or (row.used and not row.statistic)]
         _check_keys(rows, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
         out: dict[str, torch.Tensor] = {}
         for row in rows:
@@ -150,7 +164,7 @@ def table(spec: ModelSpec, layout: Layout) -> Table:
     Raises:
         CheckpointError: the layout has no spelling for one of the model's layers.
     """
-    if layout.family != "qwen" and len(spec.modalities) > _TWO_MODALITIES:
+    if layout.family in ("x", "moe", "mot") and len(spec.modalities) > _TWO_MODALITIES:
         raise CheckpointError(
             f"layout {layout.family!r} has names for {_TWO_MODALITIES} modalities, the model has "
             f"{len(spec.modalities)}: {', '.join(spec.modalities)}."
@@ -220,6 +234,8 @@ def _layer_rows(spec: ModelSpec, names: _Names, layer: LayerSpec) -> list[Row]:
     if layer.unused_output:
         for suffix, m in list(names.copies(True))[1:]:
             rows += _output_rows(spec, names, f"{key}.attention", suffix, m, used=False)
+    if layer.experts is not None:
+        return rows + _expert_rows(spec, names, f"{key}.ffn", layer.experts)
     for (suffix, m), ffn in zip(names.copies(True), layer.ffn, strict=False):
         rows += _ffn_rows(names, f"{key}.ffn", suffix, m, shape=(ffn, width))
     if layer.ffn:
@@ -241,6 +257,14 @@ def _check_spelling(names: _Names, layer: LayerSpec) -> None:
     if len(names.modalities) == 1:
         split = set()  # one copy of each, whose name is the shared one's
     possible = _SPLITS[family]
+    if layer.experts is not None:
+        spelling = SPELLINGS.get(family)
+        missing = spelling.missing(layer.experts) if spelling else "routed experts"
+        if missing:
+            raise CheckpointError(
+                f"layers.{names.index} has no names in layout {family!r}: it has {missing}. "
+                "Another layout may have them."
+            )
     shared_beside = layer.shared_ffn and layer.ffn
     if split not in possible or (shared_beside and (family != "x" or names.twin)):
         raise CheckpointError(
@@ -274,15 +298,38 @@ def _output_rows(
     return rows
 
 
-def _ffn_rows(names: _Names, key: str, suffix: str, modality: int, *, shape: Shape, prefix: str = "") -> list[Row]:
+def _ffn_rows(
+    names: _Names, key: str, suffix: str, modality: int, *, shape: tuple[int, int], prefix: str = ""
+) -> list[Row]:
     """gate, up and down; none of them exists at width 0."""
     if not shape[0]:
         return []
-    shapes = {"gate": shape, "up": shape, "down": shape[::-1]}
     return [
         _copy(f"{key}.{leaf}.weight{suffix}", names.name("mlp", f"{leaf}_proj.weight", modality, prefix=prefix), of)
-        for leaf, of in shapes.items()
+        for leaf, of in _ffn_shapes(*shape).items()
     ]
+
+
+def _ffn_shapes(ffn: int, width: int) -> dict[str, Shape]:
+    return {"gate": (ffn, width), "up": (ffn, width), "down": (width, ffn)}
+
+
+def _expert_rows(spec: ModelSpec, names: _Names, key: str, experts: ExpertSpec) -> list[Row]:
+    """Router, experts, and what stands beside them."""
+    spelling, number, width = SPELLINGS[names.layout.family], experts.number, experts.width
+    base = f"model.layers.{names.index}."
+    rows = [_copy(f"{key}.router.weight", base + spelling.router, (number, spec.width))]
+    if experts.bias_rate:
+        rows.append(Row(key=f"{key}.router.bias", names=(base + spelling.bias,), shapes=((number,),), statistic=True))
+    for leaf, shape in _ffn_shapes(width, spec.width).items():
+        each = tuple(base + getattr(spelling, leaf).format(one) for one in range(number))
+        rows.append(Row(key=f"{key}.experts.{leaf}.weight", names=each, shapes=(shape,) * number, stacked=True))
+    if experts.shared_width:
+        for leaf, shape in _ffn_shapes(experts.shared_width, spec.width).items():
+            rows.append(_copy(f"{key}.shared.{leaf}.weight", f"{base}{spelling.shared}{leaf}_proj.weight", shape))
+    if experts.shared_gate:
+        rows.append(_copy(f"{key}.shared_gate.weight", base + spelling.shared_gate, (1, spec.width)))
+    return rows
 
 
 def _copy(key: str, name: str, shape: Shape, *, used: bool = True) -> Row:

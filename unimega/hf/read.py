@@ -14,17 +14,25 @@ from unimega.config.presets import model_spec
 from unimega.config.schema import ModelConfig
 from unimega.config.strict import construct, partial
 from unimega.errors import CheckpointError, optional
+from unimega.hf import export_experts
 from unimega.hf.layout import Layout
 
 _FAMILIES = {
     "Qwen2ForCausalLM": "qwen",
     "Qwen3ForCausalLM": "qwen",
+    "LlamaForCausalLM": "qwen",
+    "Qwen3MoeForCausalLM": "qwen",
+    "MixtralForCausalLM": "mixtral",
     "UniQwen3ForCausalLM": "x",
     "UniQwen3ForCausalLMInference": "x",
     "HardMoeQwen3CausalLM": "moe",
     "MoTQwen3ForCausalLM": "mot",
     "UniXForCausalLM": "uni_x",
 }
+
+
+_PLAIN = ("qwen", "mixtral")
+"""Families without copies for vision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +61,17 @@ def describe(config: Mapping[str, Any], *, folder: Path, separator_ids: Sequence
     where = str(folder / "config.json")
     architecture = _architecture(config, where=where)
     family = _FAMILIES[architecture]
-    if family in ("qwen", "uni_x") and separator_ids is not None:
-        what = "has no vision tokens" if family == "qwen" else "says which ids are vision"
+    if family in (*_PLAIN, "uni_x") and separator_ids is not None:
+        what = "has no vision tokens" if family in _PLAIN else "says which ids are vision"
         raise CheckpointError(f"--separator-ids: {architecture} {what}. Leave the option out.")
     keys = hf_config.model_keys(config, where=where) if family != "uni_x" else _chosen(config, where=where)
     layout = Layout(family="qwen")
-    if family == "qwen":
-        keys |= {"preset": "dense"} | _codes(config, where=where)
+    if family in _PLAIN:
+        keys |= {"preset": "moe" if "experts" in keys else "dense"} | _codes(config, where=where)
+        layout = Layout(family=family)  # type: ignore[arg-type]
+    elif family == "uni_x" and config["variant"] == "routed":
+        keys |= _codes(config, where=where)
+        keys |= export_experts.model_keys(config, ("text", "vision") if keys["codebook"] else ("text",))
     elif family == "uni_x":
         family = config["variant"]
         keys |= _codes(config, where=where) | _VARIANTS[family](config, where=where)
@@ -87,10 +99,11 @@ def _architecture(config: Mapping[str, Any], *, where: str) -> str:
 def _chosen(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """Sizes of an export with our modelling file, and what a Qwen3 leaves no choice in."""
     missing = [name for name in ("variant", "qk_norm", "qkv_bias", "o_bias") if name not in config]
-    if missing or config["variant"] not in _VARIANTS:
+    if missing or config["variant"] not in (*_VARIANTS, "routed"):
         what = f"{missing[0]!r} is missing" if missing else f"variant={config['variant']!r} is unknown"
         raise CheckpointError(f"{where}: {what}. Is it a config.json of export_hf.py?")
-    keys = hf_config.model_keys({**config, "model_type": "qwen3"}, where=where)
+    like = "qwen3_moe" if config["variant"] == "routed" else "qwen3"
+    keys = hf_config.model_keys({**config, "model_type": like}, where=where)
     return keys | {"qk_norm": config["qk_norm"], "qkv_bias": config["qkv_bias"], "output_bias": config["o_bias"]}
 
 

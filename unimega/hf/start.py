@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unimega.config import model_rules
+from unimega.config import expert_keys, model_rules
 from unimega.config.presets import model_spec
 from unimega.config.schema import ModelConfig
 from unimega.config.strict import partial
@@ -74,11 +74,12 @@ def describe_start(
         DataError: the tokenizer cannot be used.
     """
     base = describe(config, folder=folder)
-    if base.layout.family != "qwen":
+    if base.layout.family not in ("qwen", "mixtral"):
         raise CheckpointError(
             f"--preset={keys['preset']!r}: {str(folder)!r} holds a {base.architecture}, split already. "
             "Leave out --preset and what belongs to it."
         )
+    _check_experts(base, str(keys["preset"]))
     known = TextTokenizer(tokenizer) if tokenizer else None
     vocabulary = _vocabulary(base, keys, known)
     vocabulary["vision_ids"] = _vision_ids(base, keys, known, separator_ids)
@@ -91,7 +92,8 @@ def describe_start(
     copies_text = model.init_vision == "text"
     model = replace(model, init_vision="random")  # of a run without a checkpoint to start from
     text_rows, old_rows = base.model.vision_offset, base.spec.vocabulary.rows
-    source = Source(model=model, spec=model_spec(model), layout=_layout(model), architecture=base.architecture)
+    layout = base.layout if model.preset == base.model.preset else _layout(model)
+    source = Source(model=model, spec=model_spec(model), layout=layout, architecture=base.architecture)
     return Start(
         source=source,
         base=base,
@@ -100,6 +102,18 @@ def describe_start(
         rows_in_use=min(text_rows, model.vision_offset, known.size if known else text_rows),
         vision_start=known.special.vision_start if known else None,
     )
+
+
+def _check_experts(base: Source, preset: str) -> None:
+    """Routed experts neither come nor go."""
+    has, wants = (name in expert_keys.PRESETS for name in (base.model.preset, preset))
+    if wants and not has:
+        raise CheckpointError(
+            f"--preset={preset!r}: a {base.architecture} has no routed experts. "
+            "Import it with --preset dense, then make experts of its FFNs with tools/upcycle.py."
+        )
+    if has and not wants:
+        raise CheckpointError(f"--preset={preset!r}: a {base.architecture} has routed experts. Use --preset moe.")
 
 
 def _as_options(text: str) -> str:

@@ -1,6 +1,7 @@
 """The tensors of a Hugging Face folder: safetensors, single or sharded. Bad files give one line each."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +12,16 @@ from unimega.hf.folder import read_json
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor of a folder, or one expert's part of one that holds all experts."""
+
+    name: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    """Of the expert; None: all."""
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -35,13 +46,21 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Read one tensor."""
-        path = self._files[name]
+        return self.read(Place(name))
+
+    def read(self, place: Place) -> torch.Tensor:
+        """Read a tensor or a part of one."""
+        path = self._files[place.name]
         try:
             with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+                if place.expert is None:
+                    tensor: torch.Tensor = file.get_tensor(place.name)
+                    return tensor
+                rows = slice(None) if place.rows is None else slice(*place.rows)
+                part: torch.Tensor = file.get_slice(place.name)[place.expert, rows]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(_unreadable(path, error)) from error
-        return tensor
+        return part
 
     def __iter__(self) -> Iterator[str]:
         """Names, file by file."""
