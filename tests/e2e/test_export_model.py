@@ -151,6 +151,33 @@ def test_pads_on_the_right_and_embeddings(out: Path) -> None:
         model(inputs_embeds=torch.zeros(1, 2, 64))
 
 
+def test_states_and_attention_can_be_looked_at(out: Path) -> None:
+    """Asked for in the call or in the configuration; where there are no weights, that is said."""
+    model = load(out / "unix_x")
+    ids = torch.tensor([[1, 90, 100, 101, 91, 7, 90, 130]])
+    is_vision = model.model.is_vision(ids)[0]
+    with torch.no_grad(), pytest.raises(ValueError, match="output_attentions needs attn_implementation='eager'"):
+        model(ids, output_attentions=True)
+    model.set_attn_implementation("eager")
+    model.config.output_hidden_states = True
+    with torch.no_grad():
+        seen = model(ids, output_attentions=True)
+    assert torch.equal(model.lm_head(seen.hidden_states[-1]), seen.logits)
+    config = model.config
+    assert len(seen.attentions) == config.num_hidden_layers == len(seen.hidden_states) - 1
+    own = is_vision[:, None] == is_vision
+    ends = config.num_hidden_layers - config.num_vision_decode_layers
+    for i, weights in enumerate(seen.attentions):
+        assert weights.shape == (1, config.num_attention_heads, 8, 8)
+        assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), 1e-6, f"layer {i}")
+        split = i < config.num_vision_encode_layers or i >= ends
+        assert torch.equal((weights > 0).all((0, 1)), torch.ones(8, 8).tril().bool() & (own | (not split)))
+    drawn = model.generate(
+        ids, output_attentions=True, return_dict_in_generate=True, max_new_tokens=2, min_new_tokens=2
+    )
+    assert [one[0].shape[2:] for one in drawn.attentions] == [(8, 8), (1, 9)]
+
+
 @pytest.mark.parametrize("modality", [None, "text", "vision"])
 def test_only_ids_that_may_be_drawn(out: Path, modality: str | None) -> None:
     """At a temperature that makes all rows likely; 8 rows of 168 are never drawn."""

@@ -124,6 +124,8 @@ class View:
     """flash: places of queries in B x T and of keys in B x S, sorted by group, and the lengths of groups."""
     places: dict[str, Tensor] = field(default_factory=dict)
     """Where transformers 4 puts keys into a cache that is allocated ahead; version 5 counts itself."""
+    weights: list[Tensor] | None = None
+    """What layers have attended to so far, if somebody asked."""
 
 
 def view_of(group_BT: Tensor, group_BS: Tensor, *, past: int, implementation: str, dtype: torch.dtype) -> View:
@@ -238,7 +240,10 @@ class UniXAttention(nn.Module):
         return torch.cat(parts, dim=-2)
 
     def attend(self, qkv: Tensor, rotary: tuple[Tensor, Tensor], view: View, cache: Cache | None) -> Tensor:
-        """[B, T, H + 2 K, N] -> [B, T, H * N]. Called outside ``forward``: no hook of a wrapper may need to run."""
+        """[B, T, H + 2 K, N] -> [B, T, H * N]. Called outside ``forward``: no hook of a wrapper may need to run.
+
+        Weights [B, H, T, S] are noted in the view, if it asks for them and the implementation has them.
+        """
         qkv = qkv.transpose(1, 2)
         keys = qkv.shape[1] // (self.num_key_value_groups + 2)
         turned, v = qkv.split([qkv.shape[1] - keys, keys], dim=1)
@@ -254,7 +259,10 @@ class UniXAttention(nn.Module):
             "sliding_window": None,
         }
         if view.packing is None:
-            return function(self, q, k, v, view.mask, **options)[0].flatten(2)
+            attended, weights = function(self, q, k, v, view.mask, **options)
+            if view.weights is not None:
+                view.weights.append(weights)
+            return attended.flatten(2)
         of_queries, of_keys, lengths = view.packing
         q_flat, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         packed = (x[places].transpose(0, 1)[None] for x, places in ((q_flat, of_queries), (k, of_keys), (v, of_keys)))
@@ -319,6 +327,11 @@ class UniXPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = False
     _can_compile_fullgraph = False
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Transformers looks for a spelling in this file that it changes between versions."""
+        return True
+
 
 class UniXModel(UniXPreTrainedModel):
     """Embedding, layers, final norm."""
@@ -372,9 +385,16 @@ class UniXModel(UniXPreTrainedModel):
         use_cache: bool | None = None,
         vision_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Final states [B, T, D]. ``vision_mask`` [B, T] goes with ``inputs_embeds``; ids speak for themselves."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError("output_attentions needs attn_implementation='eager': no other one has the weights")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if input_ids is not None:
@@ -390,6 +410,8 @@ class UniXModel(UniXPreTrainedModel):
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         modalities = Modalities(vision_mask, training=self.training)
         views = self._views(attention_mask, position_ids, modalities, past_key_values, past, x.dtype)
+        weights: list[Tensor] | None = [] if output_attentions else None
+        views = (replace(views[0], weights=weights), replace(views[1], weights=weights))
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         rotary = self.rotary_emb(x, position_ids)
@@ -414,6 +436,7 @@ class UniXModel(UniXPreTrainedModel):
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*states, x) if output_hidden_states else None,
+            attentions=None if weights is None else tuple(weights),
         )
 
     def _twin(self, i: int) -> UniXDecoderLayer | None:
@@ -514,6 +537,7 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         vision_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, rows of the vocabulary], and the loss if there are labels."""
@@ -526,6 +550,7 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             vision_mask=vision_mask,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep])
@@ -533,7 +558,11 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
         )
 
     def generate(
