@@ -119,7 +119,10 @@ def _multiply(x: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) ->
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """The weights of the slots multiply the rows between the GEMMs: what comes out only has to be added."""
+    """The weights of the slots multiply the rows between the GEMMs: what comes out only has to be added.
+
+    Buffers of an expert are those of the one before: fresh memory costs more than what is done in it.
+    """
 
     @staticmethod
     def forward(
@@ -132,15 +135,19 @@ class _ExpertFFN(torch.autograd.Function):
     ) -> torch.Tensor:
         tokens, chances = order.source // order.place.shape[1], _by_row(weights, order)
         both = x.new_empty(len(tokens), gate_up.shape[1])
-        y = x.new_empty(len(tokens), x.shape[1])
+        out = torch.zeros_like(widen(x), memory_format=torch.contiguous_format)
+        buffers = _Buffers(order.offsets)
         for expert, rows in _runs(order.offsets):
-            torch.mm(x.index_select(0, tokens[rows]), gate_up[expert].t(), out=both[rows])
-            gate, up = (widen(half) for half in both[rows].chunk(2, dim=1))
-            hidden = F.silu(gate).mul_(up).mul_(chances[rows]).to(x.dtype)
-            torch.mm(hidden, down[expert].t(), out=y[rows])
+            own = tokens[rows]
+            x_rows = torch.index_select(x, 0, own, out=buffers.of("rows", own, x))
+            torch.mm(x_rows, gate_up[expert].t(), out=both[rows])
+            gate, up = buffers.wide("both", both[rows]).chunk(2, dim=1)
+            hidden = torch.ops.aten.silu.out(gate, out=buffers.of("hidden", own, gate)).mul_(up).mul_(chances[rows])
+            y = torch.mm(buffers.narrow("narrow", hidden, x), down[expert].t(), out=x_rows)
+            out.index_add_(0, own, buffers.wide("y", y))
         ctx.order = order
         ctx.save_for_backward(x, both, gate_up, down, weights)
-        return _sum(y, None, order)
+        return out.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -149,38 +156,67 @@ class _ExpertFFN(torch.autograd.Function):
         order: ExpertOrder = ctx.order
         need_x, need_gate_up, need_down, need_weights, _ = ctx.needs_input_grad
         tokens, chances = order.source // order.place.shape[1], _by_row(weights, order)
-        dx = x.new_empty(len(tokens), x.shape[1]) if need_x else None
+        dx = torch.zeros_like(widen(x), memory_format=torch.contiguous_format) if need_x else None
         d_gate_up, d_down = (
             torch.empty_like(t, memory_format=torch.contiguous_format) if needed else None
             for t, needed in ((gate_up, need_gate_up), (down, need_down))
         )
         d_chances = chances.new_zeros(len(tokens)) if need_weights else None
+        buffers = _Buffers(order.offsets)
         for expert, rows in _runs(order.offsets):
-            d = dout.index_select(0, tokens[rows])
-            gate, up = (widen(half) for half in both[rows].chunk(2, dim=1))
-            silu, chance = F.silu(gate), chances[rows]
-            hidden = silu * up
-            if d_down is not None:
-                torch.mm(d.t(), (hidden * chance).to(x.dtype), out=d_down[expert])
-            d_hidden = widen(torch.mm(d, down[expert]))
+            own, chance = tokens[rows], chances[rows]
+            d = torch.index_select(dout, 0, own, out=buffers.of("rows", own, dout))
+            gate, up = buffers.wide("both", both[rows]).chunk(2, dim=1)
+            silu = torch.ops.aten.silu.out(gate, out=buffers.of("silu", own, gate))
+            hidden = torch.mul(silu, up, out=buffers.of("hidden", own, gate))
+            d_hidden = torch.mm(d, down[expert], out=buffers.of("d_hidden", own, down, gate.shape[1]))
+            d_hidden = buffers.wide("wide", d_hidden)
             if d_chances is not None:
-                torch.sum(hidden.mul_(d_hidden), dim=1, out=d_chances[rows])
+                torch.sum(torch.mul(hidden, d_hidden, out=buffers.of("product", own, gate)), dim=1, out=d_chances[rows])
+            if d_down is not None:
+                torch.mm(d.t(), buffers.narrow("narrow", hidden.mul_(chance), x), out=d_down[expert])
             if dx is None and d_gate_up is None:
                 continue
-            d_hidden = d_hidden * chance
-            d_gate = torch.ops.aten.silu_backward(up * d_hidden, gate)
-            d_both = torch.cat((d_gate, d_hidden.mul_(silu)), dim=1).to(x.dtype)
+            d_wide = buffers.of("d_both", own, gate, both.shape[1])
+            d_gate, d_up = d_wide.chunk(2, dim=1)
+            torch.mul(d_hidden.mul_(chance), silu, out=d_up)
+            torch.ops.aten.silu_backward.grad_input(d_hidden.mul_(up), gate, grad_input=d_gate)
+            d_both = buffers.narrow("d_both, narrow", d_wide, x)
             if d_gate_up is not None:
-                torch.mm(d_both.t(), x.index_select(0, tokens[rows]), out=d_gate_up[expert])
+                x_rows = torch.index_select(x, 0, own, out=buffers.of("rows", own, x))
+                torch.mm(d_both.t(), x_rows, out=d_gate_up[expert])
             if dx is not None:
-                torch.mm(d_both, gate_up[expert], out=dx[rows])
+                d_rows = torch.mm(d_both, gate_up[expert], out=buffers.of("rows", own, x))
+                dx.index_add_(0, own, buffers.wide("dx", d_rows))
         return (
-            None if dx is None else _sum(dx, None, order),
+            None if dx is None else dx.to(x.dtype),
             d_gate_up,
             d_down,
             None if d_chances is None else _by_slot(d_chances, order).to(weights.dtype),
             None,
         )
+
+
+class _Buffers:
+    """Scratch memory by name, as long as the longest run."""
+
+    def __init__(self, offsets: torch.Tensor) -> None:
+        self._longest = max(rows.stop - rows.start for _, rows in _runs(offsets))
+        self._made: dict[str, torch.Tensor] = {}
+
+    def of(self, name: str, rows: torch.Tensor, like: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """[rows, width of ``like`` or ``width``] in its dtype; contents are undefined."""
+        if name not in self._made:
+            self._made[name] = like.new_empty(self._longest, width or like.shape[1])
+        return self._made[name][: len(rows)]
+
+    def wide(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """``x`` in the precision of sums."""
+        return x if widen(x[:0]).dtype == x.dtype else self.of(name, x, widen(x[:0])).copy_(x)
+
+    def narrow(self, name: str, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """``x`` in the dtype of ``like``."""
+        return x if x.dtype == like.dtype else self.of(name, x, like, x.shape[1]).copy_(x)
 
 
 def _by_row(weights: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
