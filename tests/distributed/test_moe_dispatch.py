@@ -16,6 +16,7 @@ from unimega.config.schema import ParallelConfig
 from unimega.layers.context import Call
 from unimega.moe.layer import MoE
 from unimega.moe.rows import of_rank
+from unimega.moe.transfer import Travel
 from unimega.parallel import groups
 from unimega.parallel.experts import ExpertLayout
 from unimega.parallel.groups import Groups
@@ -94,7 +95,7 @@ FOUR = {
     "ep 4 = E": Case(FULL, ep=4),
     "ep 4, all-gather": Case(SETS, ep=4, dispatch="allgather"),
     "ep 2 of dp 4": Case(GLOBAL, ep=2),
-    "ep 4, one expert has all": Case(SETS, ep=4, one_sided=True),
+    "ep 4, one expert has all": Case(replace(FULL, number=8), ep=4, one_sided=True),
     "ep 4, fewer tokens than ranks": Case(FULL, ep=4, batches=(((1, 0), 0), ((0, 0), 1), ((0, 1), 0), ((0, 0), 1))),
     "sp 2, ep 2, etp 2": Case(FULL, tp=2, sp=True, ep=2, etp=2),
     "sp 2, ep 2, etp 2, all-gather": Case(DOCUMENTS, tp=2, sp=True, ep=2, etp=2, dispatch="allgather"),
@@ -136,6 +137,8 @@ def one_rank(case: Case, calls: list[Call]) -> tuple[MoE, list[dict[str, torch.T
         assert seen is not None
         found[-1] |= {"slots": seen.slots, "dropped": seen.dropped, "entropy": seen.entropy}
         found[-1] |= {"balance": seen.balance, "z_loss": seen.z_loss, "tokens": torch.tensor(seen.tokens)}
+        if case.one_sided:
+            assert seen.slots[:, 1].tolist() == list(seen.tokens) and not seen.slots[:, -1].any()
     return made, found
 
 
@@ -234,3 +237,93 @@ def test_any_ranks_equal_one(world: int) -> None:
             wrong = {what: error for what, error in errors.items() if not error < PARITY_FP32}
             assert not wrong, (name, rank, wrong)
             assert reads == ["unimega.backend.base.HostCopy.read"] * CASES[world][name].all_to_all, (name, rank)
+
+
+def make(mesh: Groups, spec: ExpertSpec, dispatch: Any = "alltoall") -> MoE:
+    """Over ep, with this rank's part of the weights that ``moe.make`` draws."""
+    build = moe.build(layout=Layout(mesh.tp, False), experts=ExpertLayout(mesh.ep, mesh.etp, dispatch))
+    made = MoE(build, spec)
+    with torch.no_grad():
+        for (name, values), other in zip(made.named_parameters(), moe.make(spec).parameters(), strict=True):
+            values.copy_(shard(name, other, mesh))
+    return made
+
+
+def order_of_events() -> list[str]:
+    """What happens in forward and backward of a layer with a shared FFN over ep."""
+    torch.set_num_threads(1)
+    mesh = groups.initialize(ParallelConfig(ep=2))
+    made = make(mesh, FULL)
+    events: list[str] = []
+    start, wait = Travel.start, Travel.wait
+
+    def started(self: Travel, *args: Any) -> Any:
+        events.append("start")
+        return start(self, *args)
+
+    def waited(self: Travel) -> None:
+        events.append("wait")
+        wait(self)
+
+    Travel.start, Travel.wait = started, waited  # type: ignore[method-assign]
+    assert made.shared is not None
+    made.shared.register_forward_hook(lambda *_: events.append("shared"))
+    made.experts.register_forward_hook(lambda *_: events.append("experts"))
+    made.experts.down.weight.register_hook(lambda _: events.append("experts"))
+    made.shared.gate_up.weight.register_hook(lambda _: events.append("shared"))
+    call = moe.call(20, 20)
+    y = made(moe.tokens(call.order), call)
+    events.append("backward")
+    y.sum().backward()
+    groups.destroy()
+    return events
+
+
+def test_the_shared_ffn_runs_while_rows_travel() -> None:
+    forward = ["start", "shared", "wait", "experts", "start", "wait"]
+    for events in run_dist(order_of_events, world=2):
+        assert events == [*forward, "backward", "start", "wait", "experts", "start", "shared", "wait"]
+
+
+def corners() -> dict[str, float]:
+    """Errors of what is left: frozen parts, no gradients at all, 16 bits, a second run."""
+    torch.set_num_threads(1)
+    mesh = groups.initialize(ParallelConfig(ep=2))
+    errors: dict[str, float] = {}
+    call = moe.call(20, 20, pads=3)
+    for dispatch in ("alltoall", "allgather"):
+        one, made = moe.make(FULL), make(mesh, FULL, dispatch)
+        x = moe.tokens(call.order)
+        got = moe.gradients(made, x, call)
+        again = moe.gradients(made, moe.tokens(call.order), call)
+        for name, values in got.items():
+            assert torch.equal(values, again[name]), name
+        with torch.no_grad():
+            assert torch.equal(made(x, call), got["output"])
+        for layer in (one, made):
+            layer.router.requires_grad_(False)
+            layer.shared_gate.requires_grad_(False)
+        with torch.no_grad():
+            frozen = moe.tokens(call.order).detach()
+        for layer in (one, made):
+            layer.zero_grad()
+            layer(frozen, call).square().sum().backward()
+        for name in ("experts.gate_up.weight", "experts.down.weight"):
+            whole = shard(name, one.get_parameter(name).grad, mesh) * 2  # both ranks have the same rows
+            errors[f"{dispatch}, frozen, {name}"] = relative_error(made.get_parameter(name).grad, whole)
+        one, made = moe.make(FULL).bfloat16(), make(mesh, FULL, dispatch).bfloat16()
+        half = moe.tokens(call.order).detach().bfloat16()
+        want, values = (
+            moe.gradients(one, half.requires_grad_(), call),
+            moe.gradients(made, half.clone().detach().requires_grad_(), call),
+        )
+        errors |= {
+            f"{dispatch}, bf16, {name}": relative_error(values[name], want[name]) / 1e3 for name in ("output", "x")
+        }
+    groups.destroy()
+    return errors
+
+
+def test_frozen_parts_no_gradients_16_bits_and_a_second_run() -> None:
+    for errors in run_dist(corners, world=2):
+        assert len(errors) == 8 and max(errors.values()) < PARITY_FP32, errors
