@@ -49,8 +49,8 @@ def initialize(parallel: ParallelConfig, *, seed: int = 1) -> Groups:
         expert_tensor_parallel_size=parallel.etp,
         create_gloo_process_groups=False,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
     collection = ProcessGroupCollection.use_mpu_process_groups()
+    _seed(seed, collection)
     return Groups(
         tp=collection.tp,
         pp=collection.pp,
@@ -60,6 +60,16 @@ def initialize(parallel: ParallelConfig, *, seed: int = 1) -> Groups:
         expert_dp=collection.expt_dp,
         collection=collection,
     )
+
+
+def _seed(seed: int, collection: ProcessGroupCollection) -> None:
+    """Random states for dropout and noise: others on each dp rank and stage.
+
+    The default one is equal on tp ranks, for rows that all of them have; megatron-core's trackers hold one for what tp
+    cuts, and one for rows of experts, which without etp differ by tp rank too.
+    """
+    apart = collection.dp_cp.rank() * collection.pp.size() + collection.pp.rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 1_000_000 * apart, etp_rank=collection.tp.rank())
 
 
 def destroy() -> None:

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -31,6 +32,9 @@ from unimega.config.schema import Lora
 from unimega.parallel import rows
 from unimega.parallel.rows import Layout, Spans
 from unimega.parallel.weight_gradients import weight_gradients
+
+CUT, EXPERTS = "model-parallel-rng", get_expert_parallel_rng_tracker_name()
+"""Random states of megatron-core: of what tp cuts, and of the rows of experts."""
 
 
 @dataclass(frozen=True)
@@ -173,17 +177,24 @@ def _move(stages: Sequence[nn.Module], sign: float) -> None:
                     weight.copy_(weight.float() + sign * pair.delta())
 
 
-def drop(x: torch.Tensor, share: float, *, apart: bool) -> torch.Tensor:
-    """Dropout; ``apart``: tp ranks hold other values, so that they draw from random states of their own.
+def drop(x: torch.Tensor, share: float, *, apart: str = "") -> torch.Tensor:
+    """Dropout; all random states are restored where a layer is run again in backward.
 
-    Both states are restored where a layer is run again in backward.
+    Args:
+        apart: name of the random state, ``CUT`` or ``EXPERTS``, where tp ranks hold other values or other numbers of
+            them; empty: the one that is equal on tp ranks.
     """
     if not share:
         return x
     if not apart:
         return F.dropout(x, share)
-    with get_cuda_rng_tracker().fork():
+    with get_cuda_rng_tracker().fork(apart):
         return F.dropout(x, share)
+
+
+def summed_gradient(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The values themselves; backward: one all-reduce of their gradient, a partial sum on each rank of the group."""
+    return values if group.size() == 1 else _SummedGradient.apply(values, group)
 
 
 def add_to_columns(
@@ -201,7 +212,7 @@ def add_to_columns(
     t = x_tD.shape[0]
     lows = []
     for number, own in adapted:
-        seen = drop(x_tD, own.dropout, apart=layout.size > 1 and layout.sequence_parallel)
+        seen = drop(x_tD, own.dropout, apart=CUT if layout.size > 1 and layout.sequence_parallel else "")
         lows.append(_Shrink.apply(seen, rows.local(spans[number], t, layout), gemms, *[pair.a for pair in own.pairs]))
     low = torch.cat(lows, dim=1)
     if layout.size > 1:
@@ -228,7 +239,7 @@ def add_to_rows(
     lows = []
     for number, own in adapted:
         start, stop = spans[number][0][0], spans[number][-1][1]
-        seen = drop(inputs[number], own.dropout, apart=layout.size > 1)
+        seen = drop(inputs[number], own.dropout, apart=CUT if layout.size > 1 else "")
         low = _Shrink.apply(seen, rows.shifted(spans[number]), gemms, *[pair.a for pair in own.pairs])
         lows.append(F.pad(low, (0, 0, start, total - stop)))
     low = torch.cat(lows, dim=1)
@@ -239,6 +250,20 @@ def add_to_rows(
         wide = [pair.wide() for pair in own.pairs]
         y_tD = _Expand.apply(y_tD, part, rows.local(spans[number], t, layout), gemms, *wide)
     return y_tD
+
+
+class _SummedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class _Shrink(torch.autograd.Function):

@@ -1,0 +1,191 @@
+"""LoRA beside every kind of linear: each layout gives loss, gradients and updates of one rank; merged is added.
+
+fp32 on gloo, one model with split, shared and routed layers; the cases of a size share one world.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests import models
+from tests.distributed.harness import run_dist
+from tests.distributed.test_parity import fill
+from tests.tolerances import PARITY_FP32, relative_error
+from unimega.config.experts import ExpertSpec
+from unimega.config.layer import LayerSpec
+from unimega.config.lora import linears
+from unimega.config.model import ModelSpec
+from unimega.config.schema import Lora, OptimizerConfig, ParallelConfig
+
+pytestmark = pytest.mark.timeout(300)
+
+SPLIT = LayerSpec(attention="split", output_projection="split", scope="own", ffn=(24, 24), norms="split")
+BOTH = LayerSpec(ffn=(24, 10), shared_ffn=8)
+EXPERTS: dict[str, Any] = {"number": 4, "width": 12, "top_k": 2, "balance": 0.3}
+SPARSE = LayerSpec(experts=ExpertSpec(**EXPERTS, shared_width=8, shared_gate=True))
+ONE_SIDED = LayerSpec(experts=ExpertSpec(**EXPERTS, sets=((1, 0), (2, 1))))
+"""Expert 1 gets every token and 3 none."""
+LORA = Lora(rank=3, alpha=6.0)
+SPEC = models.spec((SPLIT, BOTH, SPARSE, ONE_SIDED), qkv_bias=True, output_bias=True, lora=LORA)
+KINDS = ("mixed", "text", "image", "mostly text")
+OPTIMIZER = OptimizerConfig(lr=1e-2, min_lr=1e-2, weight_decay=0.01, clip=0.5, eps=1e-3, schedule="constant")
+SP: dict[str, Any] = {"tp": 2, "sequence_parallel": True}
+ONE = ParallelConfig(overlap=False)
+FACTORS = ("*lora*",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout of the model."""
+
+    name: str
+    world: int = 1
+    parallel: ParallelConfig = ONE
+    recompute: str = "none"
+    trainable: tuple[str, ...] = ("*",)
+    precision: str = "fp32"
+
+
+def cases() -> list[Case]:
+    """Every axis; the base frozen where LoRA takes another way then."""
+    return [
+        Case("tp 2", 2, ParallelConfig(tp=2)),
+        Case("tp 2 + sp, full recompute, frozen base", 2, ParallelConfig(**SP), "full", FACTORS),
+        Case("pp 2, selective recompute, frozen base", 2, ParallelConfig(pp=2), "selective", FACTORS),
+        Case("dp 2, frozen base", 2, ParallelConfig(), trainable=FACTORS),
+        Case("ep 2", 2, ParallelConfig(ep=2)),
+        Case("tp 2 + sp, etp 2", 2, ParallelConfig(**SP, etp=2)),
+    ]
+
+
+def more_cases() -> list[Case]:
+    return [
+        Case("one rank, full recompute", recompute="full"),
+        Case("tp 2, etp 2, frozen base", 2, ParallelConfig(tp=2, etp=2), "moe", FACTORS),
+        Case("tp 2, ep 2, all-gather", 2, ParallelConfig(tp=2, ep=2, dispatch="allgather")),
+        Case("pp 2 interleaved", 2, ParallelConfig(pp=2, vpp=2)),
+        Case("ep 2 x tp 2 + sp", 4, ParallelConfig(**SP, ep=2), trainable=FACTORS),
+        Case("ep 2 x tp 2, etp 2", 4, ParallelConfig(tp=2, ep=2, etp=2)),
+        Case("ep 2 x pp 2, full recompute", 4, ParallelConfig(pp=2, ep=2), "full"),
+        Case("tp 2 + sp x dp 2", 4, ParallelConfig(**SP), trainable=FACTORS),
+    ]
+
+
+def make(case: Case, spec: ModelSpec = SPEC, *, random: bool = True, **rest: Any) -> Any:
+    """The engine, with random factors: B starts at zero, which would hide all that A does."""
+    from unimega.parallel import initialize
+    from unimega.training import engine
+
+    drawn = initialize.initialize_weights
+    if random:
+        initialize.initialize_weights = fill
+    try:
+        return engine.Engine(
+            spec,
+            case.parallel,
+            optimizer_config=OPTIMIZER,
+            precision=case.precision,
+            recompute=case.recompute,
+            trainable=case.trainable,
+            bucket_parameters=2000,
+            **rest,
+        )
+    finally:
+        initialize.initialize_weights = drawn
+
+
+def batches(engine: Any, step: int) -> list[Any]:
+    """Of this rank; dp ranks see different ones."""
+    from unimega import backend
+
+    tp, dp, sp = engine.groups.tp, engine.groups.dp, engine.config.sequence_parallel
+    made = [
+        models.microbatch(engine.spec, kind, 10 * step + n, scale=0.02, tp_rank=tp.rank(), tp=tp.size(), sp=sp)
+        for n, kind in enumerate(KINDS)
+    ]
+    tokens = sum(models.TOKENS - batch.order.pads for batch in made)
+    return [backend.to_device(replace(batch, step_tokens=tokens)) for batch in made[dp.rank() :: dp.size()]]
+
+
+def run_cases(some: Sequence[Case]) -> list[dict[str, Any]]:
+    return [run_case(case) for case in some]
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Gradients, and two updates; copies are compared after each."""
+    engine = make(case)
+    try:
+        before = engine.gather_parameters()
+        engine.forward_backward(batches(engine, 0), whole_gradients=True)
+        gradients = engine.gather_gradients()
+        steps = []
+        for step in range(2):
+            steps.append(engine.step(batches(engine, step), lr=OPTIMIZER.lr))
+            engine.check_replicas()
+        return {
+            "loss": torch.tensor([step.loss for step in steps]),
+            "norm": torch.tensor([step.grad_norm for step in steps]),
+            "gradients": gradients,
+            "before": before,
+            "parameters": engine.gather_parameters(),
+        }
+    finally:
+        engine.close()
+
+
+@functools.cache
+def results(slow: bool) -> dict[Case, dict[str, Any]]:
+    wanted = more_cases() if slow else cases()
+    wanted = list(dict.fromkeys([reference(case) for case in wanted] + wanted))
+    found: dict[Case, dict[str, Any]] = {}
+    for world in (1, 2, 4):
+        mine = [case for case in wanted if case.world == world]
+        if mine:
+            found.update(zip(mine, run_dist(run_cases, world=world, args=(mine,))[0], strict=True))
+    return found
+
+
+def reference(case: Case) -> Case:
+    return Case("one rank", trainable=case.trainable)
+
+
+def compare(case: Case, found: dict[Case, dict[str, Any]]) -> None:
+    got, want = found[case], found[reference(case)]
+    for what in ("loss", "norm"):
+        assert relative_error(got[what], want[what]) <= PARITY_FP32, what
+    for what in ("gradients", "parameters"):
+        assert got[what].keys() == want[what].keys()
+        for key, values in want[what].items():
+            assert relative_error(got[what][key], values) <= PARITY_FP32, f"{what} of {key}"
+    if case.trainable == FACTORS:
+        assert all("lora_" in key for key in got["gradients"])
+        frozen = {key for key in want["before"] if "lora_" not in key}
+        assert all(torch.equal(got["parameters"][key], got["before"][key]) for key in frozen)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_equals_one_rank(case: Case) -> None:
+    compare(case, results(False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", more_cases(), ids=lambda case: case.name)
+def test_more_layouts_equal_one_rank(case: Case) -> None:
+    compare(case, results(True))
+
+
+def test_every_linear_has_factors_and_every_factor_learns() -> None:
+    found = results(False)[Case("one rank", trainable=FACTORS)]
+    have = {
+        key.split(".lora_")[0].replace(".gate", ".gate_up").replace(".up", ".gate_up") for key in found["gradients"]
+    }
+    have = {name.replace("gate_gate_up", "gate_up") for name in have}
+    assert have == set(linears(SPEC.layers))
+    assert found["before"]["layers.0.attention.qkv.lora_a_vision"].shape == (9, 32)
+    assert found["before"]["layers.2.ffn.experts.down.lora_b"].shape == (4, 32, 3)
+    for key, gradient in found["gradients"].items():
+        assert gradient.any() and not torch.equal(found["parameters"][key], found["before"][key]), key
