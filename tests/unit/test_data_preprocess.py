@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import unimega.data.preprocess
 from tests.unit.data_corpora import read
 from unimega.data import format as layout
 from unimega.data.preparing import work
@@ -247,12 +248,45 @@ def test_a_first_try_may_have_some_bad_rows(tmp_path, tokenizer):
 
 def test_a_corpus_that_appears_meanwhile_is_not_replaced(tmp_path, tokenizer, monkeypatch):
     """Two runs of one prefix: the first ends between the second's first look and its taking of the folder."""
-    run(tmp_path, tokenizer, [{"text": "first"}])
-    before = (tmp_path / "out.bin").read_bytes()
-    monkeypatch.setattr("unimega.data.preprocess.refuse_to_replace", lambda prefix: None)
+    make_plan = unimega.data.preprocess.make
+
+    def make(job, tokenizer):
+        plan = make_plan(job, tokenizer)
+        (tmp_path / "out.idx").write_bytes(b"of another run")
+        return plan
+
+    monkeypatch.setattr(unimega.data.preprocess, "make", make)
     with pytest.raises(DataError, match=r"out.idx: exists already"):
         run(tmp_path, tokenizer, [{"text": "second"}], overwrite=False)
-    assert (tmp_path / "out.bin").read_bytes() == before and not (tmp_path / "out.work").exists()
+    assert (tmp_path / "out.idx").read_bytes() == b"of another run" and not (tmp_path / "out.work").exists()
+
+
+def test_a_kill_after_the_last_rename(tmp_path, tokenizer, monkeypatch):
+    """The corpus is whole, its parts are still there: the next run says so; one of another input refuses."""
+    rows = [{"text": "a red bus"}]
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Work, "remove", lambda self: None)
+        sidecar = run(tmp_path, tokenizer, rows)[1]
+        before = (tmp_path / "out.idx").stat()
+    saved = shutil.copytree(tmp_path / "out.work", tmp_path / "saved")
+    assert list(saved.glob("*.part"))
+    with pytest.raises(DataError, match=r"out.idx: exists already"):
+        run(tmp_path, tokenizer, [{"text": "the blue bus"}], overwrite=False)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(rows[0]))
+    settings = json.loads((saved / "job.json").read_text())
+    os.utime(path, ns=(settings["inputs"][0][2],) * 2)
+
+    def again():
+        shutil.copytree(saved, tmp_path / "out.work", dirs_exist_ok=True)
+        job = make_job(path, output=tmp_path / "out", tokenizer=tokenizer, codebook=32, codes_per_image=(4,))
+        return preprocess(job)
+
+    assert again() == sidecar and not (tmp_path / "out.work").exists()
+    assert (tmp_path / "out.idx").stat().st_mtime_ns == before.st_mtime_ns
+    os.utime(tmp_path / "out.idx", ns=(settings["inputs"][0][2],) * 2)  # older than the job: it was to be replaced
+    with pytest.raises(DataError, match=r"out.idx: exists already"):
+        again()
 
 
 def test_a_lock_is_one_that_others_see(tmp_path, monkeypatch):

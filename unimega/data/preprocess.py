@@ -1,5 +1,6 @@
 """Files of rows to one corpus: `.bin/.idx/.json`, all or nothing, and what a kill has left is gone on from."""
 
+import json
 import os
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from unimega.data.preparing.job import Job
 from unimega.data.preparing.merge import merge, too_many, write_entries
 from unimega.data.preparing.plan import Plan, make
 from unimega.data.preparing.task import Delta, Worker
-from unimega.data.preparing.work import Work, refuse_to_replace
+from unimega.data.preparing.work import Work, refused
 from unimega.data.tokenize import TextTokenizer
 from unimega.errors import DataError
 
@@ -53,11 +54,14 @@ def preprocess(job: Job, progress: Callable[[Progress], None] = lambda _: None) 
         DataError: a file is missing or damaged, too many rows are bad (``file:line: why``), or the output cannot be
             written; no reader sees anything half-written, and finished parts are kept for the next run.
     """
-    if not job.validate and not job.overwrite:
-        refuse_to_replace(job.output)  # before anything takes time; Work looks again
+    may_be_there = job.validate or job.overwrite or Path(f"{job.output}.work").exists()  # Work looks whose that is
+    if not may_be_there and Path(f"{job.output}.idx").exists():
+        raise refused(job.output)
     tokenizer = TextTokenizer(job.tokenizer, backend=job.backend)
     plan = make(job, tokenizer)
     with Work(plan) as work:
+        if work.published:
+            return _published(plan, work, progress)
         tasks, done = work.tasks()
         watch = _Watch(plan, done, progress)
         if min(job.workers, len(tasks)) <= 1:
@@ -74,6 +78,16 @@ def preprocess(job: Job, progress: Callable[[Progress], None] = lambda _: None) 
         sidecar = merge(plan, work, tick=watch.tick)
         watch.finish()
         work.remove()
+    return sidecar
+
+
+def _published(plan: Plan, work: Work, progress: Callable[[Progress], None]) -> dict[str, Any]:
+    """The sidecar of a corpus that a killed run of this job has finished."""
+    _log.info("%s: was whole when the last run of this job was killed; nothing is left to do", plan.job.output)
+    watch = _Watch(plan, sum(file.bytes for file in plan.files), progress)
+    watch.finish()
+    sidecar: dict[str, Any] = json.loads(Path(f"{plan.job.output}.json").read_bytes())
+    work.remove()
     return sidecar
 
 

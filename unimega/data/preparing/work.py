@@ -1,9 +1,9 @@
 """The folder of a job's parts: whose it is, which parts are there, which tasks are left."""
 
+import contextlib
 import fcntl
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from types import TracebackType
@@ -26,10 +26,9 @@ class BadRows(DataError):
     """The rows themselves do not make a corpus."""
 
 
-def refuse_to_replace(prefix: str) -> None:
-    """Raise DataError if the corpus is there."""
-    if Path(f"{prefix}.idx").exists():
-        raise DataError(f"{prefix}.idx: exists already. Choose another output or pass --overwrite.")
+def refused(prefix: str) -> DataError:
+    """The line for a corpus that is there already."""
+    return DataError(f"{prefix}.idx: exists already. Choose another output or pass --overwrite.")
 
 
 def _locked(folder: Path) -> IO[str]:
@@ -67,9 +66,10 @@ class Work:
         self.plan, self._start = plan, time.monotonic()
         self._lock = _locked(plan.work)
         try:
-            if not plan.job.validate and not plan.job.overwrite:
-                refuse_to_replace(plan.job.output)  # a process that had the folder until now may have written it
-            self._keep_what_fits()
+            self.published = not plan.job.validate and not plan.job.overwrite and self._is_published()
+            """Whether the corpus is whole: a run of this job was killed between its last rename and its end."""
+            if not self.published:
+                self._keep_what_fits()
         except BaseException:
             self._close(keep=True)
             raise
@@ -92,8 +92,14 @@ class Work:
         self._lock.close()
 
     def remove(self) -> None:
-        """Remove all parts: the corpus is whole."""
-        shutil.rmtree(self.plan.work, ignore_errors=True)
+        """Remove the folder: the corpus is whole. Whose parts they were goes after them, for a run after a kill; the
+        lock goes last, so that nobody takes the folder meanwhile."""
+        parts = [path for path in self.plan.work.glob("*") if path.name not in (_SETTINGS, _LOCK)]
+        for path in (*parts, self.plan.work / _SETTINGS, self.plan.work / _LOCK):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        with contextlib.suppress(OSError):
+            self.plan.work.rmdir()
 
     def record(self, file: int, block: int) -> Record | None:
         """The record of a part, None if it is not there."""
@@ -133,9 +139,27 @@ class Work:
             done += file.bytes * (blocks - len(missing)) // max(1, blocks)
         return left, done
 
+    def _inputs(self) -> list[list[Any]]:
+        return [[file.shown, file.bytes, file.mtime_ns] for file in self.plan.files]
+
+    def _is_published(self) -> bool:
+        """Whether a killed run of this very job has written the corpus.
+
+        Raises:
+            DataError: there is a corpus, of another job, input or time.
+        """
+        index, path = Path(f"{self.plan.job.output}.idx"), self.plan.work / _SETTINGS
+        if not index.exists():
+            return False
+        if self._known(path) != {"settings": self.plan.settings, "inputs": self._inputs()}:
+            raise refused(self.plan.job.output)
+        if index.stat().st_mtime_ns < path.stat().st_mtime_ns:  # older: the run was to replace it
+            raise refused(self.plan.job.output)
+        return True
+
     def _keep_what_fits(self) -> None:
         path = self.plan.work / _SETTINGS
-        inputs = [[file.shown, file.bytes, file.mtime_ns] for file in self.plan.files]
+        inputs = self._inputs()
         known = self._known(path)
         for leftover in self.plan.work.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
