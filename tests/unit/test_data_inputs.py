@@ -326,3 +326,20 @@ def test_pickles_hold_plain_things_only(tmp_path, tokenizer):
     found, sidecar = convert(tmp_path, tokenizer, data, max_bad_share=0.9)
     assert len(found) == 1 and sidecar["sources"][0]["quarantined"] == {"pickle": 2, "row too long": 1, "wrong type": 1}
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("at", ["reading", "merging"])
+def test_an_input_that_goes_meanwhile(tmp_path, tokenizer, at):
+    """One line, no corpus; finished parts wait for the file to come back."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(jsonl())
+    second.write_bytes(jsonl())
+
+    def remove(progress):
+        if at == "reading" or progress.done_bytes == progress.total_bytes:
+            second.unlink(missing_ok=True)
+
+    job = make_job(first, second, output=tmp_path / "out", tokenizer=tokenizer, codebook=32, task_mb=0.001)
+    with pytest.raises(DataError, match=r"second: cannot be read \(No such file or directory\)"):
+        preprocess(job, remove)
+    assert list((tmp_path / "out.work").glob("*.part")) and not list(tmp_path.glob("out.[bi]*"))

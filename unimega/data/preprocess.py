@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from unimega import log
 from unimega.data.preparing import pool
+from unimega.data.preparing.files import unreadable
 from unimega.data.preparing.job import Job
 from unimega.data.preparing.merge import merge, too_many, write_entries
 from unimega.data.preparing.plan import Plan, make
@@ -158,6 +159,9 @@ def _line_at(path: str, byte: int) -> int:
 
 def _refuse_changed(plan: Plan) -> None:
     for file in plan.files:
-        found = os.stat(file.path)
+        try:
+            found = os.stat(file.path)
+        except OSError as error:
+            raise unreadable(file.shown, error) from error
         if (found.st_size, found.st_mtime_ns) != (file.bytes, file.mtime_ns):
             raise DataError(f"{file.shown}: it was changed while it was read. Run again when it is complete.")

@@ -64,6 +64,11 @@ class Stream(Protocol):
         """At most ``size`` bytes; none at the end."""
 
 
+def unreadable(shown: str, error: OSError) -> DataError:
+    """The line for an input that cannot be read, or no longer."""
+    return DataError(f"{shown}: cannot be read ({error.strerror or error}).")
+
+
 def recognise(path: str, shown: str) -> tuple[Format, Compression]:
     """What a file is, from its first bytes: names lie.
 
@@ -81,7 +86,7 @@ def recognise(path: str, shown: str) -> tuple[Format, Compression]:
             file.seek(0)
             inner = decompressed(file, compression, shown).read(512) if compression else start
     except OSError as error:
-        raise DataError(f"{shown}: cannot be read ({error.strerror or error}).") from error
+        raise unreadable(shown, error) from error
     for magic, name in _REFUSED.items():
         if start.startswith(magic):
             raise DataError(f"{shown}: {name} is not read. Write it as UTF-8 jsonl (plain, .gz, .zst), parquet or tar.")

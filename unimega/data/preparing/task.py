@@ -74,22 +74,28 @@ class Worker:
         """Write the parts of a task that are not there yet.
 
         Raises:
-            DataError: the file is damaged, or a part cannot be written.
+            DataError: the file is damaged or has gone, or a part cannot be written.
         """
         file = self.plan.files[task.file]
-        if task.block is None:
-            self._run_stream(task, file, report)
-            return
+        try:
+            if task.block is None:
+                self._run_stream(task, file, report)
+            else:
+                self._run_block(task, task.block, file, report)
+        except OSError as error:  # what cannot be written has a line already
+            raise files.unreadable(file.shown, error) from error
+
+    def _run_block(self, task: Task, block: int, file: InputFile, report: Report) -> None:
         assert file.spans is not None
-        span = file.spans[task.block]
+        span = file.spans[block]
         share = (span[1] - span[0]) / max(1, sum(stop - start for start, stop in file.spans))
         if file.format == "jsonl":
             rows = files.lines_of_block(file, span, limit=self.plan.row_bytes)
-            self._block(task.file, task.block, rows, lambda read: read, report)
+            self._block(task.file, block, rows, lambda read: read, report)
         else:
             fields = self.plan.rules[task.file].fields
             rows = columns.rows(file.path, file.shown, span, fields=fields, limit=self.plan.row_bytes)
-            self._block(task.file, task.block, rows, lambda _: 0, report, total=round(share * file.bytes))
+            self._block(task.file, block, rows, lambda _: 0, report, total=round(share * file.bytes))
 
     def _run_stream(self, task: Task, file: InputFile, report: Report) -> None:
         limit = self.plan.row_bytes
