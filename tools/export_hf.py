@@ -1,14 +1,17 @@
 """Turn a checkpoint into a Hugging Face folder.
 
     python tools/export_hf.py CHECKPOINT OUT [--dtype bf16|fp16|fp32] [--format auto|uni_x|qwen2|qwen3|llama]
-        [--tokenizer FOLDER] [--max-shard-size 5GB] [--overwrite]
+        [--tokenizer FOLDER] [--max-shard-size 5GB] [--overwrite] [--merge-lora | --adapter]
 
 CHECKPOINT is a folder of steps (its latest is taken) or one step's folder. A model whose modalities have weights of
 their own becomes uni_x, which loads with trust_remote_code=True; a dense one becomes a stock Qwen2, Qwen3 or Llama.
+
+The factors of LoRA are added to the weights (--merge-lora), or written alone as a PEFT adapter (--adapter).
 """
 
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +32,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--format", default="auto", help="absent: stock where it computes the same, else uni_x")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; absent: the run's")
     parser.add_argument("--max-shard-size", default="5GB", help="a larger model has several files")
+    parser.add_argument("--merge-lora", action="store_true", help="add LoRA's factors to the weights")
+    parser.add_argument("--adapter", action="store_true", help="LoRA's factors alone, as PEFT reads them")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
     arguments = parser.parse_args(argv)
     limit = _bytes(arguments.max_shard_size)
@@ -38,7 +43,13 @@ def main(argv: Sequence[str]) -> None:
         raise CheckpointError(f"--format={arguments.format!r} is unknown. Formats: {', '.join(FORMATS)}.")
     if not arguments.checkpoint.is_dir():
         raise CheckpointError(f"{arguments.checkpoint}: not there. Name a folder of steps or one step's folder.")
+    if arguments.adapter and (arguments.merge_lora or arguments.tokenizer):
+        other = "--merge-lora" if arguments.merge_lora else "--tokenizer"
+        raise CheckpointError(f"--adapter writes LoRA's factors alone, so that {other} has no place. Leave one out.")
     check_export(arguments.out, overwrite=arguments.overwrite)
+    if arguments.adapter:
+        _export_adapter(arguments)
+        return
 
     from unimega.hf.export import export_checkpoint  # torch, once the arguments are sound
 
@@ -50,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
             dtype=arguments.dtype,
             max_shard_bytes=limit,
             tokenizer=arguments.tokenizer,
+            merge_lora=arguments.merge_lora,
             overwrite=arguments.overwrite,
             progress=progress,
         )
@@ -59,6 +71,20 @@ def main(argv: Sequence[str]) -> None:
         f"{done.model_type}: {done.tensors} tensors, {done.bytes / 1e6:.1f} MB in {len(done.files)} file(s); {tokens}"
     )
     print(f"{arguments.out} loads {how}: AutoModelForCausalLM.from_pretrained")
+
+
+def _export_adapter(arguments: Namespace) -> None:
+    from unimega.hf.export_adapter import export_adapter  # torch, once the arguments are sound
+
+    done = export_adapter(
+        arguments.checkpoint,
+        arguments.out,
+        format=arguments.format,
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+    )
+    print(f"adapter of a {done.model_type}: {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
+    print(f"{arguments.out} loads beside its model: peft.PeftModel.from_pretrained")
 
 
 def _bytes(text: str) -> int:

@@ -18,6 +18,7 @@ from unimega.data.tokenize import SpecialIds, TextTokenizer, locate
 from unimega.errors import CheckpointError, DataError
 from unimega.hf import export_config
 from unimega.hf.export_config import CODE_FILE, Target
+from unimega.hf.lora import Merged
 from unimega.hf.names import Row, Table, table
 from unimega.hf.shard_file import ShardFile
 from unimega.hf.stored import StoredWeights
@@ -53,6 +54,7 @@ def export_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: Path | None = None,
+    merge_lora: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Exported:
@@ -65,6 +67,7 @@ def export_checkpoint(
         dtype: one of ``DTYPES``; None: as the checkpoint stores them.
         max_shard_bytes: a file of weights is not larger, unless one tensor (or one q, k and v) is.
         tokenizer: folder whose tokenizer files are copied; None: the run's, if it can be found.
+        merge_lora: add what LoRA's factors make to the weights; a checkpoint that has factors needs it.
         overwrite: replace an export that is already there.
         progress: hears of every tensor that is written.
 
@@ -73,23 +76,21 @@ def export_checkpoint(
         DataError: the tokenizer's folder has none.
     """
     partial = check_export(target, overwrite=overwrite)
-    step = step_folder.resolve_step(path)
-    if fault := step_folder.find_fault(step):
-        raise step_folder.damaged(step, fault)
-    weights = StoredWeights(step)
-    stored = step_folder.read_model(step)
-    if "spec" not in stored:
-        raise CheckpointError(f"{step}: describes no model. The checkpoint is of another version of unimega.")
-    spec = ModelSpec.from_dict(stored["spec"])
+    step, found, spec, stored = open_step(path)
+    if spec.lora is not None and not merge_lora:
+        raise CheckpointError(
+            f"{step}: its model has LoRA. Add it to the weights with --merge-lora, or write it alone with --adapter."
+        )
     folder, special = (tokenizer, None) if tokenizer else _tokenizer_of_run(step)
     special = TextTokenizer(folder).special if folder else special
     kind = DTYPES[dtype] if dtype else None
-    spelled = str(kind or weights.dtypes.get("embedding.weight", torch.float32)).removeprefix("torch.")
+    spelled = str(kind or found.dtypes.get("embedding.weight", torch.float32)).removeprefix("torch.")
     wanted = export_config.describe(spec, format=format, dtype=spelled, stored=stored, special=special)
     names = table(spec, wanted.layout)
+    weights = Merged(found, spec, names.rows) if merge_lora else found
     names.check_keys(weights.shapes)
     try:
-        _begin(partial, step, stored)
+        begin(partial, step, stored)
         files, size = _write_weights(partial, _shards(weights, names, kind, max_shard_bytes), weights, progress)
         if folder:
             _write_tokenizer(folder, partial, wanted)
@@ -143,7 +144,22 @@ def _tokenizer_of_run(step: Path) -> tuple[Path | None, SpecialIds | None]:
     return None, None
 
 
-def _begin(partial: Path, step: Path, stored: dict[str, Any]) -> None:
+def open_step(path: Path) -> tuple[Path, StoredWeights, ModelSpec, dict[str, Any]]:
+    """A whole step, its weights, its model, and all that it keeps beside them.
+
+    Raises:
+        CheckpointError: it is damaged, or of another version.
+    """
+    step = step_folder.resolve_step(path)
+    if fault := step_folder.find_fault(step):
+        raise step_folder.damaged(step, fault)
+    stored = step_folder.read_model(step)
+    if "spec" not in stored:
+        raise CheckpointError(f"{step}: describes no model. The checkpoint is of another version of unimega.")
+    return step, StoredWeights(step), ModelSpec.from_dict(stored["spec"]), stored
+
+
+def begin(partial: Path, step: Path, stored: dict[str, Any]) -> None:
     """A new folder that says what it is before anything else."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -165,7 +181,7 @@ class _Shard:
         }
 
 
-def _shards(weights: StoredWeights, names: Table, kind: torch.dtype | None, limit: int) -> list[_Shard]:
+def _shards(weights: StoredWeights | Merged, names: Table, kind: torch.dtype | None, limit: int) -> list[_Shard]:
     """Rows in order, as many to a file as fit."""
     shards: list[list[tuple[Row, torch.dtype]]] = [[]]
     room = limit
@@ -181,7 +197,7 @@ def _shards(weights: StoredWeights, names: Table, kind: torch.dtype | None, limi
 
 
 def _write_weights(
-    folder: Path, shards: Sequence[_Shard], weights: StoredWeights, progress: Progress
+    folder: Path, shards: Sequence[_Shard], weights: StoredWeights | Merged, progress: Progress
 ) -> tuple[tuple[str, ...], int]:
     """All shards, and their index if there is more than one."""
     places: dict[str, str] = {}
@@ -203,7 +219,7 @@ def _write_weights(
     return tuple(dict.fromkeys(places.values())), total
 
 
-def _read_parts(shard: _Shard, weights: StoredWeights) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_parts(shard: _Shard, weights: StoredWeights | Merged) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a file, one key of the checkpoint in memory at a time.
 
     Raises:

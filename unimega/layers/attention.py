@@ -8,8 +8,8 @@ from unimega.config.layer import LayerSpec
 from unimega.kernels.registry import resolve
 from unimega.layers.context import Build, Call
 from unimega.layers.norm import HeadNorm
+from unimega.parallel.factors import Fused
 from unimega.parallel.linear import Weights, column_linear, row_linear, split_linear_op
-from unimega.parallel.lora import Fused
 from unimega.parallel.recompute import recompute
 
 

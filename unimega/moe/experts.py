@@ -12,7 +12,8 @@ from unimega.kernels.expert_order import ExpertOrder
 from unimega.kernels.registry import resolve
 from unimega.layers.context import Build
 from unimega.parallel.experts import ExpertLayout
-from unimega.parallel.lora import EXPERTS, ONE, Adapted, Factors, Fused, Pair, drop, summed_gradient
+from unimega.parallel.factors import ONE, Fused, Pair
+from unimega.parallel.lora import EXPERTS, Adapted, Factors, drop, summed_gradient
 from unimega.parallel.parameter import expert_parameter
 
 

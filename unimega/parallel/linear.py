@@ -15,7 +15,8 @@ from torch import nn
 
 from unimega.config.schema import Lora
 from unimega.kernels.registry import resolve
-from unimega.parallel.lora import ONE, Adapted, Factors, Fused, Pair, add_to_columns, add_to_rows
+from unimega.parallel.factors import ONE, Fused, Pair
+from unimega.parallel.lora import Adapted, Factors, add_to_columns, add_to_rows
 from unimega.parallel.parameter import parameter
 from unimega.parallel.rows import Layout, Spans, gathered, shifted, start_sum
 from unimega.parallel.rows import spans as spans_of
