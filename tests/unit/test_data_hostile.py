@@ -180,6 +180,10 @@ HOSTILE = {
         lambda p: _sidecar(p, lambda v: v["sources"].append({"path": "b", "first_document": -1})),
         r"a\.json: not a sidecar .*sources\[1\] has path='b', first=-1",
     ),
+    "sidecar with a text for a source's documents": (
+        lambda p: _sidecar(p, lambda v: v["sources"][0].update(documents="x")),
+        r"a\.json: not a sidecar .*sources\[0\]\.documents='x' is not a whole number",
+    ),
     "sidecar with a direction that is none": (
         lambda p: _sidecar(p, lambda v: v["sources"][0].update(direction="up")),
         r"a\.json: not a sidecar .*direction='up'",
@@ -216,6 +220,25 @@ def test_damage_gets_one_line_from_the_tools_and_from_a_run(case, prefix, capsys
 
 def _rewritten(prefix, documents, **changes):
     write(prefix, documents, **(FACTS | changes))
+
+
+SOURCES = {
+    "the second cut": ([("a", 0, 1)], r"a holds 1 documents from 0 on, but what follows starts at 2"),
+    "the first cut": ([("b", 1, 1)], r"b starts at document 1, not at 0"),
+    "behind the end": ([("a", 0, 3), ("b", 3, 0)], r"b holds 0 documents from 3 on, but what follows starts at 2"),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES)
+def test_sources_that_do_not_cover_the_corpus(case, prefix, capsys):
+    sources, line = SOURCES[case]
+    _rewritten(prefix, [[(0, [5])], [(0, [6])]])
+    told = [{"path": path, "first_document": first, "documents": number} for path, first, number in sources]
+    _sidecar(prefix, lambda v: v.update(sources=told))
+    status, _, lines = ended(capsys, tool.main, "verify", prefix)
+    assert status == 2
+    with pytest.raises(DataError, match=line):
+        raise DataError(lines[0])
 
 
 STRAY = {

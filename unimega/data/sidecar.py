@@ -94,6 +94,8 @@ def _check_sources(path: Path, sources: list[Any]) -> None:
         if not isinstance(source, dict) or not {"path", "first_document"} <= source.keys():
             raise _refusal(path, f"{name}.path or .first_document is missing")
         first, direction = source["first_document"], source.get("direction", "both")
+        if not _is(source.get("documents", 0), _COUNT):
+            raise _refusal(path, f"{name}.documents={source['documents']!r:.60} is not {_COUNT}")
         if not _is(source["path"], _NAME) or not _is(first, _COUNT) or first < before or direction not in _DIRECTIONS:
             raise _refusal(path, f"{name} has path={source['path']!r:.60}, {first=!r:.20}, {direction=!r:.20}")
         before = first

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -121,9 +122,19 @@ def _counts(corpus: IndexedCorpus) -> Iterator[str]:
     for what, found, said in pairs:
         if found != said:
             yield f"{corpus.index_path}: {found} {what}, but {corpus.sidecar_path.name} says {said}. {layout.DAMAGED}"
-    sources = corpus.sidecar["sources"]
-    if sources and sources[-1]["first_document"] > corpus.num_documents:
-        yield (
-            f"{corpus.sidecar_path}: {sources[-1]['path']} starts at document {sources[-1]['first_document']} of "
-            f"{corpus.num_documents}. {layout.DAMAGED}"
-        )
+    yield from _sources(corpus, corpus.sidecar["sources"])
+
+
+def _sources(corpus: IndexedCorpus, sources: list[dict[str, Any]]) -> Iterator[str]:
+    """The first source whose documents do not end where the next one's begin, or the last one's at the end."""
+    starts = [*(source["first_document"] for source in sources), corpus.num_documents]
+    if sources and starts[0]:
+        yield f"{corpus.sidecar_path}: {sources[0]['path']} starts at document {starts[0]}, not at 0. {layout.DAMAGED}"
+    for source, start, end in zip(sources, starts[:-1], starts[1:], strict=True):
+        documents = source.get("documents", max(0, end - start))
+        if start + documents != end:
+            yield (
+                f"{corpus.sidecar_path}: {source['path']} holds {documents} documents from {start} on, but what "
+                f"follows starts at {end}. {layout.DAMAGED}"
+            )
+            return
