@@ -6,7 +6,9 @@
 alone, or on several ranks under torchrun. in.npz: input_ids [B, T], each row a pack; where given segment_ids [B, T]
 (document of each token, 0: pad; absent: one document a row) and labels [B, T] (Hugging Face's: position t is scored on
 labels[t + 1], -100 is not scored). out.npz: logits fp32 [B, T, rows of the file] in input order, 0 on pads; loss, the
-mean over all scored positions; with --gradients the gradient of every parameter under its original name.
+mean over all scored positions; with --gradients its gradient by every parameter under its original name. A model with
+routed experts also gives router_logits fp32 [sparse layers, B*T, experts] in input order, 0 on pads, and router_loss,
+transformers' balance loss over all these layers together; it is no part of loss.
 """
 
 import os

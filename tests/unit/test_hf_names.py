@@ -175,7 +175,7 @@ def test_rope_of_transformers_5() -> None:
 @pytest.mark.parametrize(
     ("case", "changes", "error", "line"),
     [
-        ("hf_qwen3", {"architectures": ["GPT2LMHeadModel"]}, CheckpointError, "LlamaForCausalLM.* not known"),
+        ("hf_qwen3", {"architectures": ["GPT2LMHeadModel"]}, CheckpointError, "GPT2LMHeadModel.* not known"),
         ("hf_qwen3", {"architectures": None}, CheckpointError, "architectures=None is not known"),
         ("hf_qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, ConfigError, "rope scaling 'yarn'"),
         ("hf_qwen3", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, ConfigError, "slid"),

@@ -16,9 +16,11 @@ from unimega.config import rules
 from unimega.config.model import ModelSpec
 from unimega.config.schema import OptimizerConfig, ParallelConfig
 from unimega.errors import CheckpointError, DataError
+from unimega.hf import router_logits
 from unimega.hf.convert import layout_of
 from unimega.hf.inputs import Inputs, check_ids, microbatches
-from unimega.hf.names import Table, table
+from unimega.hf.lora import whole_table
+from unimega.hf.names import Table
 from unimega.parallel import checkpoint
 from unimega.training.engine import Engine
 
@@ -57,16 +59,26 @@ def evaluate(request: Request) -> dict[str, np.ndarray] | None:
     spec = ModelSpec.from_dict(stored["spec"])
     if request.cross_document is not None:
         spec = replace(spec, cross_document=request.cross_document)
+    spec = _untrained(spec)
     rules.check_parallel(spec, request.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     check_ids(request.inputs, rows=spec.vocabulary.rows, where=request.where)
     backend.current().init_process_group(timeout=_TIMEOUT)
     optimizer_config = OptimizerConfig() if request.gradients else None
     engine = Engine(spec, request.parallel, optimizer_config=optimizer_config, initial=request.checkpoint)
-    names = table(spec, layout_of(stored)) if stored.get("source") else None
+    names = whole_table(spec, layout_of(stored)) if stored.get("source") else None
     out = outputs(engine, request.inputs, names=names, gradients=request.gradients)
     engine.close()  # after an error this would wait for ranks that are gone, and hide the error
     dist.destroy_process_group()
     return out
+
+
+def _untrained(spec: ModelSpec) -> ModelSpec:
+    """Without what training adds to loss and gradients: dropout of factors, noise and losses of routers."""
+    layers = tuple(
+        replace(one, experts=replace(one.experts, noise=False, balance=0.0, z_loss=0.0)) if one.experts else one
+        for one in spec.layers
+    )
+    return replace(spec, layers=layers, lora=replace(spec.lora, dropout=0.0) if spec.lora else None)
 
 
 def outputs(
@@ -86,7 +98,8 @@ def outputs(
 
     Returns:
         On rank 0 (None elsewhere): ``logits`` fp32 [B, T, rows of the file] in input order, 0 on pads; with labels
-        ``loss``, their mean cross-entropy; with gradients one array per tensor of the original that has one.
+        ``loss``, their mean cross-entropy; with gradients one array per tensor of the original that has one; of a
+        model with routed experts ``router_logits`` and ``router_loss`` (see ``router_logits``).
     """
     groups, parallel, spec = engine.groups, engine.parallel, engine.spec
     batches = microbatches(
@@ -108,11 +121,28 @@ def outputs(
     if whole is not None:
         named = whole if names is None else names.to_hf(whole, gradients=True)
         out |= {name: gradient.numpy() for name, gradient in named.items()}
-    logits = _gather_logits(engine, on_device, inputs)
+    with router_logits.recorded(engine) as record:
+        mine = engine.logits(on_device)
+    logits = _gather_logits(engine, mine, on_device, inputs)
+    out |= _routers(engine, record, on_device, inputs)
     return None if logits is None else {"logits": logits, **out}
 
 
-def _gather_logits(engine: Engine, batches: list[Microbatch], inputs: Inputs) -> np.ndarray | None:
+def _routers(
+    engine: Engine, record: router_logits.Record, batches: list[Microbatch], inputs: Inputs
+) -> dict[str, np.ndarray]:
+    """Of a model without routed experts nothing."""
+    top_k = next((layer.experts.top_k for layer in engine.spec.layers if layer.experts), 0)
+    logits = router_logits.gather(engine, record, batches, inputs) if top_k else None
+    if logits is None:
+        return {}
+    loss = router_logits.balance_loss(logits, inputs.documents.reshape(-1) != 0, top_k=top_k)
+    return {"router_logits": logits, "router_loss": loss}
+
+
+def _gather_logits(
+    engine: Engine, mine: list[torch.Tensor], batches: list[Microbatch], inputs: Inputs
+) -> np.ndarray | None:
     """[B, T, rows] in input order on rank 0. Every row of the batch travels there alone: T*rows*4 bytes."""
     groups, rank = engine.groups, dist.get_rank()
     number, length = inputs.ids.shape
@@ -120,7 +150,6 @@ def _gather_logits(engine: Engine, batches: list[Microbatch], inputs: Inputs) ->
     places: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(places, (groups.dp.rank(), groups.is_last_stage and groups.tp.rank() == 0))
     owners = {dp_rank: owner for owner, (dp_rank, has_logits) in enumerate(places) if has_logits}
-    mine = engine.logits(batches)
     out = np.zeros((number, length, rows), np.float32) if rank == 0 else None
     for row in range(number):
         at, dp_rank = divmod(row, groups.dp.size())

@@ -1,5 +1,6 @@
 """Whether the weights of a checkpoint mean in this model what they meant in theirs."""
 
+from dataclasses import replace
 from typing import Any
 
 from unimega import log
@@ -27,7 +28,7 @@ def check_same_model(path: str, spec: ModelSpec, *, starts: bool = False) -> boo
     stored = checkpoint.read_model(path).get("spec")
     if stored is None:
         return False
-    theirs, ours = ModelSpec.from_dict(stored).to_dict(), spec.to_dict()
+    theirs, ours = (_of_inference(one).to_dict() for one in (ModelSpec.from_dict(stored), spec))
     for key in ("heads", "kv_heads", "head_width", "qk_norm", "tied", "skip", "layers"):
         if theirs[key] != ours[key]:
             found = "other layers" if key == "layers" else f"{key}={theirs[key]}, the run {ours[key]}"
@@ -45,6 +46,14 @@ def check_same_model(path: str, spec: ModelSpec, *, starts: bool = False) -> boo
         if theirs[key] != ours[key]:
             logger.warning("%s was trained with %s=%s, this run has %s", path, key, theirs[key], ours[key])
     return fresh
+
+
+def _of_inference(spec: ModelSpec) -> ModelSpec:
+    """Without what only training asks of routed experts: losses, noise, capacity may change from run to run."""
+    layers = (
+        replace(one, experts=one.experts.of_inference()) if one.experts is not None else one for one in spec.layers
+    )
+    return replace(spec, layers=tuple(layers))
 
 
 def _check_lora(path: str, theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> None:
