@@ -278,6 +278,16 @@ RULES = [
         "model.init_vision='text' has no effect with checkpoint.initial='old': all weights come from there. "
         "Remove one of the two.",
     ),
+    (
+        {},
+        {"checkpoint": {"directory": ""}},
+        "checkpoint.directory='' names no folder. Give one of the run's own, e.g. runs/a/checkpoint.",
+    ),
+    (
+        {},
+        {"logging": {"directory": ""}},
+        "logging.directory='' names no folder. Give one of the run's own, e.g. runs/a/logging.",
+    ),
     ({}, {"data": {"t2i_ratio": 1.5}}, "data.t2i_ratio=1.5 is out of range. It is a share between 0 and 1."),
     (
         {},

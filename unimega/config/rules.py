@@ -343,6 +343,12 @@ def _initial(config: RunConfig) -> None:
         )
 
 
+def _directories(config: RunConfig) -> None:
+    for key, section in (("checkpoint", config.checkpoint), ("logging", config.logging)):
+        if not section.directory:
+            raise ConfigError(f"{key}.directory='' names no folder. Give one of the run's own, e.g. runs/a/{key}.")
+
+
 def _ratios(config: RunConfig) -> None:
     for name in ("t2i_ratio", "unconditional_ratio"):
         if not 0 <= (value := getattr(config.data, name)) <= 1:
@@ -386,6 +392,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     _sources,
     _evaluation,
     _initial,
+    _directories,
     _ratios,
     _window,
     _loss_weights,
