@@ -16,9 +16,10 @@ from unimega.parallel.checkpoint import read_model
 from unimega.training import start
 from unimega.training.engine import DTYPES, Engine, Resumed, StepResult
 from unimega.training.evaluation import evaluate
+from unimega.training.expert_metrics import expert_record
 from unimega.training.flops import step_flops
 from unimega.training.guard import Guard
-from unimega.training.metrics import Metrics, drop_after
+from unimega.training.metrics import Metrics, drop_after, writing
 from unimega.training.profile import Profile
 from unimega.training.progress import Clock, Progress
 from unimega.training.schedule import learning_rate
@@ -180,7 +181,9 @@ class Run:
         """On rank 0: the run stored beside its checkpoints, and the records of steps that come again taken out."""
         if not self.is_main:
             return []
-        if dropped := drop_after(self.config.logging.directory, self.step):
+        with writing(self.config.logging.directory):
+            dropped = drop_after(self.config.logging.directory, self.step)
+        if dropped:
             logger.info("%d records after step %d are dropped: these steps come again", dropped, self.step)
         start.write_run(self.config)
         return [Metrics(self.config.logging.directory), Trackers(self.config, step=self.step)]
@@ -200,6 +203,8 @@ class Run:
             **self.spread.record(result.shared[2:], self.step),
             "skipped_steps": self.guard.skipped,
         }
+        if any(layer.experts for layer in self.engine.spec.layers):
+            record |= expert_record(self.engine.spec, self.engine.routed.take())
         self._write(record)
         self.progress.show(record, self.clock.left(self.step, self.config.training.steps))
 

@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from unimega.config import loader as config_loader
 from unimega.config.schema import RunConfig
 from unimega.errors import UnimegaError, optional
+from unimega.training.metrics import writing
 
 TENSORBOARD_FOLDER, WANDB_ID_FILE, WANDB_PROJECT = "tensorboard", "wandb_id", "unimega"
 
@@ -35,29 +36,34 @@ class Trackers:
 
     def __init__(self, config: RunConfig, *, step: int) -> None:
         folder = Path(config.logging.directory)
-        self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=step + 1)
+        self._directory = config.logging.directory
+        with writing(self._directory):
+            self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=step + 1)
         self._run = _wandb_run(config, folder) if config.logging.wandb else None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """A record as scalars: ``train/KEY``, and keys with a folder as they are; no value for None and NaN."""
+        """A record as scalars: ``train/KEY``, and keys with a folder as they are; nothing for None, NaN and lists."""
         step = record["step"]
         values = {
             key if "/" in key else f"train/{key}": value
             for key, value in record.items()
-            if key != "step" and value is not None and value - value == 0
+            if key != "step" and isinstance(value, int | float) and value - value == 0
         }
-        for key, value in values.items():
-            self._board.add_scalar(key, value, step)
+        with writing(self._directory):
+            for key, value in values.items():
+                self._board.add_scalar(key, value, step)
         if self._run is not None:
             self._run.log(values, step=step)
 
     def sync(self) -> None:
         """Write what is still in memory: a checkpoint of step N stands for the records up to N."""
-        self._board.flush()
+        with writing(self._directory):
+            self._board.flush()
 
     def close(self) -> None:
         """End the event file and the run."""
-        self._board.close()
+        with writing(self._directory):
+            self._board.close()
         if self._run is not None:
             self._run.finish()
 
