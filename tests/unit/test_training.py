@@ -1,5 +1,6 @@
 """Schedules, FLOPs, metrics and the clock; what a run refuses before ranks meet."""
 
+import errno
 import json
 import math
 from dataclasses import asdict, replace
@@ -15,13 +16,14 @@ from unimega.config.experts import ExpertSpec
 from unimega.config.layer import LayerSpec
 from unimega.config.schema import OptimizerConfig, RunConfig, Source
 from unimega.data.plan import Recipe
-from unimega.errors import ConfigError, DataError
+from unimega.errors import ConfigError, DataError, UnimegaError
 from unimega.training import loop, start
 from unimega.training.flops import step_flops
 from unimega.training.metrics import Metrics, drop_after
 from unimega.training.progress import Clock
 from unimega.training.run import modality_losses
 from unimega.training.schedule import learning_rate
+from unimega.training.trackers import Trackers
 
 OPTIMIZER = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
 
@@ -88,6 +90,30 @@ def test_metrics_append_and_hold_no_nan(tmp_path) -> None:
         metrics.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
+
+
+def raise_missing() -> None:
+    raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, and a folder that went away under the run, as TensorBoard's thread tells of it later."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "metrics.jsonl").symlink_to("/dev/full")
+    line = "logging.directory='full' cannot be written (No space left on device). Once it can, the same command goes on"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnimegaError) as caught:
+        Metrics("full").write({"step": 1})
+    assert str(caught.value).startswith(line)
+    config = config_cases.run(config_cases.base(logging={"directory": "gone"}))
+    board = Trackers(config, step=0)
+    monkeypatch.setattr(board._board, "flush", raise_missing)
+    with pytest.raises(UnimegaError, match=r"logging\.directory='gone' cannot be written"):
+        board.sync()
+    Path("checkpoints").mkdir()
+    Path("checkpoints/run.tmp").symlink_to("/dev/full")
+    with pytest.raises(UnimegaError, match=r"checkpoint\.directory='checkpoints' cannot be written"):
+        start.write_run(config_cases.run(config_cases.base(checkpoint={"directory": "checkpoints"})))
 
 
 def test_a_modality_without_a_loss_is_null() -> None:

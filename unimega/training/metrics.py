@@ -2,35 +2,59 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from unimega import log
+from unimega.errors import UnimegaError
 
 FILE = "metrics.jsonl"
 
 logger = log.get(__name__)
 
 
+@contextmanager
+def writing(directory: str, *, key: str = "logging.directory") -> Iterator[None]:
+    """What is written below a folder of the run, which ``key`` names.
+
+    Raises:
+        UnimegaError: the disk is full or gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UnimegaError(
+            f"{key}={directory!r} cannot be written ({error.strerror or error}). Once it can, the same "
+            "command goes on from the last checkpoint."
+        ) from error
+
+
 class Metrics:
     """Appends records to a folder that exists."""
 
     def __init__(self, directory: str) -> None:
-        self._file = (Path(directory) / FILE).open("a", encoding="utf-8")
+        self._directory = directory
+        with writing(directory):
+            self._file = (Path(directory) / FILE).open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """One line, flushed, so that a killed run keeps what it logged; NaN and infinity become null."""
         clean = {key: None if isinstance(v, float) and v - v != 0 else v for key, v in record.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        with writing(self._directory):
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Have it on the disk: a checkpoint of step N stands for the records up to N."""
-        os.fsync(self._file.fileno())
+        with writing(self._directory):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with writing(self._directory):
+            self._file.close()
 
 
 def drop_after(directory: str | os.PathLike[str], step: int) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from unimega import log
+from unimega.training.metrics import writing
 
 FOLDER = "profile"
 
@@ -40,8 +41,9 @@ class Profile:
         if self._running is None:
             return
         self._running.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        running, self._running = self._running, None
         file = self._folder / f"steps-{self._first}-{step}-rank-{self._rank}.json"
-        self._running.export_chrome_trace(str(file))
-        self._running = None
+        with writing(str(self._folder.parent)):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            running.export_chrome_trace(str(file))
         logger.info("step %d  profile of this rank in %s: open it in https://ui.perfetto.dev", step, file)

@@ -14,7 +14,7 @@ from unimega.config.schema import RunConfig
 from unimega.data.plan import DataPlan
 from unimega.errors import ConfigError, DataError
 from unimega.parallel.step_folder import steps
-from unimega.training.metrics import FILE
+from unimega.training.metrics import FILE, writing
 
 RUN_FILE = "run.json"
 MAY_CHANGE = ("model.hf_config", "model.init", "model.init_vision", "data.evaluation", "data.tokenizer")
@@ -128,11 +128,12 @@ def write_run(config: RunConfig) -> None:
     """Store the resolved run beside its checkpoints, whole or not at all."""
     file = Path(config.checkpoint.directory) / RUN_FILE
     temporary = file.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as sink:
-        sink.write(json.dumps(config_loader.dump(config), indent=1))
-        sink.flush()
-        os.fsync(sink.fileno())
-    os.replace(temporary, file)
+    with writing(config.checkpoint.directory, key="checkpoint.directory"):
+        with temporary.open("w", encoding="utf-8") as sink:
+            sink.write(json.dumps(config_loader.dump(config), indent=1))
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.replace(temporary, file)
 
 
 @dataclass(frozen=True)
