@@ -1,12 +1,12 @@
-"""python benchmarks/bench_step.py [--precision fp32 bf16] [--shape KEY=NUMBER ...] [--steps N] [--output FILE]
+"""python benchmarks/bench_step.py [--model mot] [--precision fp32 bf16] [--shape KEY=NUMBER ...] [--output FILE]
 
 Time whole training steps (forward, backward, clipping, AdamW) of one process. Prints a JSON line for each precision
 and model:
 
-- ``unix``: split layers at both ends;
+- ``unix``: split layers at both ends; with ``--model mot``, ``mot``: all layers split, attention over documents;
 - ``dense``: one weight for all modalities, all else equal, the scopes of attention too: the same FLOPs to the last one;
-- ``dense_document``: the preset ``dense``: attention over documents in every layer, a few FLOPs more;
-- ``masked``: ``unix`` in the boolean-mask formulation of the original code (``masked.py``), the same numbers.
+- ``dense_document``: the preset ``dense``: attention over documents in every layer, a few FLOPs more than ``unix``;
+- ``masked``: ``unix`` or ``mot`` with boolean masks, as original code has it (``masked*.py``), the same numbers.
 
 Steps are timed in turns (round by round, the order rotating), so that what else a machine does falls on all alike:
 ratios are between neighbours of one round. A round also times the GEMMs of ``unix`` alone, at its shapes.
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import BASE, MAIN, QUICK, Contestant, Shape, make_contestants, make_pack, make_specs, model_gemms
+from contestants import BASE, MODELS, QUICK, Contestant, Shape, make_contestants, make_pack, make_specs, model_gemms
 from syncs import count_syncs
 
 from unimega import backend
@@ -40,19 +40,21 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 """Relative difference of the losses of ``unix`` and ``masked``, before the first update and after it."""
 
 
-def warm_up(contestants: Mapping[str, Contestant], precision: str) -> tuple[dict[str, float], dict[str, int]]:
+def warm_up(
+    contestants: Mapping[str, Contestant], model: str, precision: str
+) -> tuple[dict[str, float], dict[str, int]]:
     """Two steps of everything: (losses after one update, host syncs of the second step).
 
     Raises:
-        UnimegaError: ``masked`` does not compute what ``unix`` computes, before an update or after it.
+        UnimegaError: ``masked`` does not compute what ``model`` computes, before an update or after it.
     """
     first = {name: each.step() for name, each in contestants.items()}
     counted = {name: count_syncs(each.step) for name, each in contestants.items()}
     second = {name: loss for name, (_, loss) in counted.items()}
     for losses in (first, second):
-        ours, theirs = losses[MAIN], losses["masked"]
+        ours, theirs = losses[model], losses["masked"]
         if not abs(ours - theirs) <= TOLERANCE[precision] * abs(ours):
-            raise UnimegaError(f"the loss of unix is {ours}, of masked {theirs}: they are not the same model.")
+            raise UnimegaError(f"the loss of {model} is {ours}, of masked {theirs}: they are not the same model.")
     return second, {name: number for name, (number, _) in counted.items()}
 
 
@@ -81,14 +83,14 @@ def ratios(times: Times, name: str, base: str, clock: int) -> dict[str, float]:
     return {"median": round(statistics.median(pairs), 3), "min": round(min(pairs), 3), "max": round(max(pairs), 3)}
 
 
-def measure(shape: Shape, precision: str, steps: int) -> Iterator[dict[str, Any]]:
+def measure(shape: Shape, model: str, precision: str, steps: int) -> Iterator[dict[str, Any]]:
     """One record per model."""
     dtype, device, pack = DTYPES[precision], backend.current(), make_pack(shape)
-    contestants = make_contestants(shape, precision, pack)
-    losses, step_syncs = warm_up(contestants, precision)
+    contestants = make_contestants(shape, model, precision, pack)
+    losses, step_syncs = warm_up(contestants, model, precision)
     syncs = {name: count_syncs(each.forward_backward)[0] for name, each in contestants.items()}
     square = device.measured_gemm_flops(dtype)
-    gemm_flops, gemms = model_gemms(make_specs(shape)[MAIN], pack.microbatch(), dtype)
+    gemm_flops, gemms = model_gemms(make_specs(shape, model)[model], pack.microbatch(), dtype)
     gemms()
     times = time_rounds({**{name: each.step for name, each in contestants.items()}, "gemms": gemms}, steps)
     on_host = device.device.type == "cpu"
@@ -112,6 +114,7 @@ def measure(shape: Shape, precision: str, steps: int) -> Iterator[dict[str, Any]
             "fraction_of_square": round(each.flops / seconds / square, 3),
             "fraction_of_model_gemms": ratio_of_rates(times, name, each.flops / gemm_flops, clock=0),
             "ratio_to_dense": ratios(times, name, BASE, 0),
+            "ratio_to_masked": ratios(times, name, "masked", 0),
             "cpu_ratio_to_dense": ratios(times, name, BASE, 1) if on_host else None,
             "flops_to_dense": round(each.flops / contestants[BASE].flops, 4),
             "syncs_forward_backward": syncs[name],
@@ -156,10 +159,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="mot: every layer split, norms too")
     parser.add_argument("--shape", nargs="*", default=[], metavar="KEY=NUMBER", help=str(asdict(Shape())))
     parser.add_argument("--steps", type=int, default=6, help="rounds that are timed")
     parser.add_argument("--threads", type=int, default=None, help="of torch; absent: its own choice")
-    parser.add_argument("--output", type=Path, default=None, help="also write the lines to this file")
+    parser.add_argument("--output", type=Path, default=None, help="also append the lines to this file")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run; the figures say little")
     return parser.parse_args(argv)
 
@@ -186,13 +190,13 @@ def main(argv: Sequence[str]) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     backend.current().init_process_group(timeout=TIMEOUT)
-    lines = []
     for precision in options.precision:
-        for record in measure(shape, precision, options.steps):
-            lines.append(json.dumps(record | environment(shape)))
-            print(lines[-1], flush=True)
-    if options.output is not None:
-        options.output.write_text("".join(f"{line}\n" for line in lines))
+        for record in measure(shape, options.model, precision, options.steps):
+            line = json.dumps(record | environment(shape))
+            print(line, flush=True)
+            if options.output is not None:
+                with options.output.open("a") as out:
+                    out.write(f"{line}\n")
     dist.destroy_process_group()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from masked import IGNORED, MaskedUniX, Trainer
+from masked_mot import MaskedMoT
 
 from unimega import backend
 from unimega.batch import Microbatch, make_microbatch
@@ -21,7 +22,8 @@ from unimega.training.flops import step_flops
 
 LR = 1e-4
 VISION_START = 5
-MAIN, BASE = "unix", "dense"
+MODELS, BASE = ("unix", "mot"), "dense"
+"""Ours, one of which is compared with the others; and what time is compared with."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,16 @@ def make_pack(shape: Shape, seed: int = 1) -> Pack:
     return Pack(flat, np.concatenate(modality), document, np.where(last, IGNORED, np.roll(flat, -1)))
 
 
-def make_specs(shape: Shape) -> dict[str, ModelSpec]:
-    """The models that the engine runs."""
+def make_specs(shape: Shape, model: str) -> dict[str, ModelSpec]:
+    """The models that the engine runs, ``model`` (of ``MODELS``) first."""
     rows = shape.text_rows + shape.codes
-    unix = ModelSpec(
+    ffn = (shape.ffn,) * 2
+    if model == "mot":
+        layers = layer.mot(shape.layers, ffn=ffn, output_projection="split")
+        layers = tuple(replace(each, norms="split") for each in layers)
+    else:
+        layers = layer.unix(shape.layers, ffn=ffn, encode=shape.encode, decode=shape.decode)
+    spec = ModelSpec(
         vocabulary=Vocabulary(
             names=("text", "vision"),
             starts=(0, shape.text_rows),
@@ -106,7 +114,7 @@ def make_specs(shape: Shape) -> dict[str, ModelSpec]:
             rows=rows,
             ids=((), (VISION_START,)),
         ),
-        layers=layer.unix(shape.layers, ffn=(shape.ffn,) * 2, encode=shape.encode, decode=shape.decode),
+        layers=layers,
         width=shape.width,
         heads=shape.heads,
         kv_heads=shape.kv_heads,
@@ -119,8 +127,9 @@ def make_specs(shape: Shape) -> dict[str, ModelSpec]:
         tied=False,
     )
     document = layer.dense(shape.layers, ffn=shape.ffn)
-    same = tuple(replace(d, scope=u.scope) for d, u in zip(document, unix.layers, strict=True))
-    return {MAIN: unix, BASE: replace(unix, layers=same), "dense_document": replace(unix, layers=document)}
+    same = tuple(replace(d, scope=u.scope) for d, u in zip(document, layers, strict=True))
+    made = {model: spec, BASE: replace(spec, layers=same)}
+    return made if same == document else made | {"dense_document": replace(spec, layers=document)}
 
 
 @dataclass(frozen=True)
@@ -134,18 +143,18 @@ class Contestant:
     forward_backward: Callable[[], Any]
 
 
-def make_contestants(shape: Shape, precision: str, pack: Pack) -> dict[str, Contestant]:
+def make_contestants(shape: Shape, model: str, precision: str, pack: Pack) -> dict[str, Contestant]:
     """All models with their optimizers, from the same weights where they have them."""
     device, dtype, optimizer = backend.current().device, DTYPES[precision], OptimizerConfig()
     host = pack.microbatch()
     batches = [backend.to_device(host)]
     made: dict[str, Contestant] = {}
-    specs = make_specs(shape)
+    specs = make_specs(shape, model)
     for name, spec in specs.items():
         groups.destroy()  # megatron-core's globals: the next engine fills them again with the same world of one
         engine = Engine(spec, ParallelConfig(), optimizer_config=optimizer, precision=precision)
-        if name == MAIN:
-            masked = MaskedUniX(spec, encode=shape.encode, decode=shape.decode)
+        if name == model:
+            masked = MaskedMoT(spec) if model == "mot" else MaskedUniX(spec, encode=shape.encode, decode=shape.decode)
             weights = engine.gather_parameters()
             assert weights is not None
             masked.load(weights)
@@ -153,7 +162,7 @@ def make_contestants(shape: Shape, precision: str, pack: Pack) -> dict[str, Cont
     tensors = pack.tensors(device)
     trainer = Trainer(masked, optimizer, device=device, dtype=dtype)
     made["masked"] = Contestant(
-        flops=made[MAIN].flops,
+        flops=made[model].flops,
         parameters=sum(p.numel() for p in masked.parameters()),
         step=lambda: float(trainer.step(tensors, lr=LR)),
         forward_backward=lambda: trainer.forward_backward(tensors),

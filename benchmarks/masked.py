@@ -57,21 +57,17 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor, angles: Angles, lengths: list[int]) -> torch.Tensor:
         """[s, D] -> [s, D]; ``lengths`` are the runs that do not see each other."""
-        x = x + self.attention(self.attention_norm(x), angles, lengths)
-        y = self.ffn_norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        x = x + self.output(attend(*self.heads(self.attention_norm(x)), angles, lengths))
+        return x + self.feed_forward(self.ffn_norm(x))
 
-    def attention(self, x: torch.Tensor, angles: Angles, lengths: list[int]) -> torch.Tensor:
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v of [s, D], q and k with their norms: [s, heads of each, N]."""
+        q, k, v = (linear(x).unflatten(1, (-1, self.head_width)) for linear in (self.q, self.k, self.v))
+        return self.q_norm(q), self.k_norm(k), v
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, D] -> [s, D]."""
-        shape = (1, len(x), -1, self.head_width)
-        q, k = self.q_norm(self.q(x).view(shape)).transpose(1, 2), self.k_norm(self.k(x).view(shape)).transpose(1, 2)
-        v = self.v(x).view(shape).transpose(1, 2)
-        q, k = _rotate(q, angles), _rotate(k, angles)
-        runs = [
-            F.scaled_dot_product_attention(q_run, k_run, v_run, is_causal=True, enable_gqa=True)
-            for q_run, k_run, v_run in zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
-        ]
-        return self.output(torch.cat(runs, dim=2).transpose(1, 2).reshape(len(x), -1))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class MaskedUniX(nn.Module):
@@ -115,7 +111,7 @@ class MaskedUniX(nn.Module):
         angles = self._angles(positions)
         angles_vision, angles_text = self._angles(positions[vision]), self._angles(positions[text])
         own_vision, own_text = documents[vision], documents[text]
-        runs, runs_vision, runs_text = _runs(documents), _runs(own_vision), _runs(own_text)
+        runs, runs_vision, runs_text = runs_of(documents), runs_of(own_vision), runs_of(own_text)
 
         last = len(self.text) - self.decode
         for i in range(self.encode):
@@ -208,9 +204,20 @@ class Trainer:
         return loss
 
 
-def _runs(documents: torch.Tensor) -> list[int]:
+def runs_of(documents: torch.Tensor) -> list[int]:
     """How many tokens of each document there are, on the host."""
     return torch.unique(documents, return_counts=True)[1].tolist()
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, angles: Angles, lengths: list[int]) -> torch.Tensor:
+    """RoPE and attention inside of runs: q, k, v [s, heads, N] to [s, heads N]."""
+    q, k, v = (t[None].transpose(1, 2) for t in (q, k, v))
+    q, k = _rotate(q, angles), _rotate(k, angles)
+    runs = [
+        F.scaled_dot_product_attention(q_run, k_run, v_run, is_causal=True, enable_gqa=True)
+        for q_run, k_run, v_run in zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
+    ]
+    return torch.cat(runs, dim=2).transpose(1, 2).reshape(v.shape[2], -1)
 
 
 def _rotate(x: torch.Tensor, angles: Angles) -> torch.Tensor:
