@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from masked import IGNORED, Layer, MaskedUniX, attend, runs_of
+from torch import nn
 
 from unimega.config.model import ModelSpec
 
@@ -30,14 +31,21 @@ class MaskedMoT(MaskedUniX):
         vision = (ids >= self.text_rows) | (ids == self.vision_start)
         x = self.embedding(ids)
         angles, runs = self._angles(positions), runs_of(documents)
-        for pair in zip(self.text, self.vision, strict=True):
-            parts: Parts = list(zip((~vision, vision), pair, strict=True))
+        for number in range(len(self.text)):
+            parts: Parts = [(~vision, self.layer(self.text, number)), (vision, self.layer(self.vision, number))]
             heads = by_mask(x, parts, lambda layer, own: torch.cat(layer.heads(layer.attention_norm(own)), dim=1))
             q, k, v = heads.split((self.spec.heads, self.spec.kv_heads, self.spec.kv_heads), dim=1)
             attended = attend(q, k, v, angles, runs)
             x = x + by_mask(attended, parts, lambda layer, own: layer.output(own))
             x = x + by_mask(x, parts, lambda layer, own: layer.feed_forward(layer.ffn_norm(own)))
         return F.cross_entropy(self.head(self.final_norm(x)).float(), labels, ignore_index=IGNORED)
+
+    @staticmethod
+    def layer(layers: nn.ModuleList, number: int) -> Layer:
+        """One of them."""
+        found = layers[number]
+        assert isinstance(found, Layer)
+        return found
 
 
 def by_mask(x: torch.Tensor, parts: Parts, function: Callable[[Layer, torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,6 @@ from types import ModuleType
 import torch
 
 from unimega.kernels import registry
-from unimega.kernels.cuda import library
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ def why_not_compiled(device: torch.device) -> str | None:
 
 registry.declare(
     "expert_order",
-    registry.Impl("cuda", "unimega.kernels.cuda.routing:expert_order", frozenset({"cuda"}), library.why_not),
+    registry.cuda("routing:expert_order"),
     registry.triton("routing:expert_order"),
     registry.Impl("cpp", f"{__name__}:compiled", frozenset({"cpu"}), why_not_compiled),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),

@@ -15,6 +15,7 @@ import torch
 from unimega import log
 from unimega.errors import KernelUnavailable
 from unimega.kernels import availability
+from unimega.kernels.cuda import library
 
 _log = log.get(__name__)
 
@@ -52,6 +53,14 @@ def triton(target: str) -> Impl:
         frozenset({"cuda", "cpu"}),
         availability.triton,
         only_named=frozenset({"cpu"}),
+        note="never run on a GPU",
+    )
+
+
+def cuda(target: str) -> Impl:
+    """The row of a function in ``unimega.kernels.cuda``, in the library that CMake builds from csrc."""
+    return Impl(
+        "cuda", f"unimega.kernels.cuda.{target}", frozenset({"cuda"}), library.why_not, note="never run on a GPU"
     )
 
 

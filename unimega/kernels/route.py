@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from unimega.kernels import expert_order, registry, topk_routing
-from unimega.kernels.cuda import library
 from unimega.kernels.expert_order import ExpertOrder
 
 
@@ -43,7 +42,7 @@ def compiled(logits: torch.Tensor, **how: Any) -> tuple[torch.Tensor, torch.Tens
 
 registry.declare(
     "route",
-    registry.Impl("cuda", "unimega.kernels.cuda.routing:route", frozenset({"cuda"}), library.why_not),
+    registry.cuda("routing:route"),
     registry.triton("routing:route"),
     registry.Impl("cpp", f"{__name__}:compiled", frozenset({"cpu"}), expert_order.why_not_compiled),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
