@@ -1,6 +1,8 @@
 """Pictures to codes, workers that grow or die, and jobs from a file."""
 
+import base64
 import io
+import json
 import os
 import signal
 import textwrap
@@ -97,6 +99,33 @@ def test_pictures_in_parquet(tmp_path, tokenizer):
     found, _ = convert(tmp_path, tokenizer, out.getvalue(), image_tokenizer=Means, workers=2)
     assert [[mode for mode, _ in document] for document in found] == [[0x09, 0x28, 0x30]] * 3
     assert [document[0][1] for document in found] == [[0] * 4, [10] * 4, [31] * 4]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_base64_of_a_small_picture_is_no_path(tmp_path, tokenizer, kind):
+    """Lists of images of pickles (mllm-npu) hold base64; a thumbnail is shorter than a path may be."""
+    out = io.BytesIO()
+    pytest.importorskip("PIL.Image", reason="pip install 'unimega[data]'").new("RGB", (6, 4)).save(out, kind)
+    text = base64.b64encode(out.getvalue()).decode()
+    assert len(text) < 1024
+    rows = [{"texts": ["a", None], "images": [None, text]}, {"caption": "a", "image": text}]
+    found, _ = convert(tmp_path, tokenizer, jsonl(rows), image_tokenizer=Means, max_bad_share=0)
+    assert [document[1][0] for document in found] == [0x01, 0x01]
+
+
+def test_a_picture_that_is_no_file_is_refused(tmp_path, tokenizer):
+    """A pipe is not waited for, and what is said of bytes that are no picture is the same in every run."""
+    os.mkfifo(tmp_path / "pipe")
+    rows = [{"caption": "a", "image": name} for name in ("pipe", "/dev/zero", ".")]
+    rows += [{"caption": "a", "image_bytes": "AAAA"}, {"text": "a"}]
+    convert(tmp_path, tokenizer, jsonl(rows), image_tokenizer=Means, max_bad_share=0.9)
+    told = [json.loads(line)["detail"] for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
+    assert told == [
+        f"{tmp_path}/pipe: not a file",
+        "/dev/zero: not a file",
+        f"{tmp_path}/.: not a file",
+        "not a picture of a known format",
+    ]
 
 
 def test_decoding():

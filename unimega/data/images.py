@@ -73,6 +73,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
             return np.array(upright.convert("RGB"), dtype=np.uint8)
     except BadImage:
         raise
+    except image_module.UnidentifiedImageError as error:
+        raise BadImage("not a picture of a known format") from error
     except Exception as error:  # decoders of untrusted bytes raise OSError, SyntaxError, struct.error, ...
         raise BadImage(
             f"not a picture that can be read ({' '.join(str(error).split()) or type(error).__name__})"

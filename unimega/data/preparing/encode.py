@@ -1,5 +1,7 @@
 """A batch of rows to ids."""
 
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -170,6 +172,8 @@ class Pictures:
     def _bytes(self, picture: bytes | str) -> bytes:
         if isinstance(picture, bytes):
             return picture
+        if not stat.S_ISREG(os.stat(picture).st_mode):  # a pipe would be waited for
+            raise BadImage(f"{picture}: not a file")
         with Path(picture).open("rb") as file:
             data = file.read(self._limit + 1)
         if len(data) > self._limit:

@@ -16,6 +16,8 @@ from unimega.data.records.row import BadRow, Rules, Segment
 ABSENT = (None, "", "no")
 """What the seeds' corpora write where a row has no text or no codes."""
 _LONGEST_PATH = 1024
+_PICTURES_IN_BASE64 = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")
+"""How PNG, JPEG, WebP and GIF begin: no path does."""
 
 
 def absent(value: Any) -> bool:
@@ -130,7 +132,7 @@ def _picture(value: Any, name: str, rules: Rules, *, in_row: bool) -> Segment:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value:
-        if in_row or value.startswith("data:") or len(value) > _LONGEST_PATH:
+        if in_row or value.startswith(("data:", *_PICTURES_IN_BASE64)) or len(value) > _LONGEST_PATH:
             data = value.partition(",")[2] if value.startswith("data:") else value
             try:
                 return Segment(layout.MODE_IMAGE, picture=base64.b64decode(data, validate=True))
