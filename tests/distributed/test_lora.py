@@ -6,6 +6,7 @@ fp32 on gloo, one model with split, shared and routed layers; the cases of a siz
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ import torch
 from tests import models
 from tests.distributed.harness import run_dist
 from tests.distributed.test_parity import fill
-from tests.tolerances import PARITY_FP32, relative_error
+from tests.tolerances import PARITY_BF16, PARITY_FP32, relative_error
 from unimega.config.experts import ExpertSpec
 from unimega.config.layer import LayerSpec
 from unimega.config.lora import linears
 from unimega.config.model import ModelSpec
 from unimega.config.schema import Lora, OptimizerConfig, ParallelConfig
+from unimega.errors import CheckpointError
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -189,3 +191,157 @@ def test_every_linear_has_factors_and_every_factor_learns() -> None:
     assert found["before"]["layers.2.ffn.experts.down.lora_b"].shape == (4, 32, 3)
     for key, gradient in found["gradients"].items():
         assert gradient.any() and not torch.equal(found["parameters"][key], found["before"][key]), key
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def train(parallel: ParallelConfig, steps: Sequence[int], folder: str, saved: str = "") -> dict[str, Any]:
+    """Go on from what the folder holds, if anything, make these steps, and save to ``saved``."""
+    engine = make(Case("", parallel=parallel, trainable=FACTORS), random=not steps or steps[0] == 0)
+    try:
+        resumed = engine.resume(folder)
+        losses = [engine.step(batches(engine, step), lr=OPTIMIZER.lr).loss for step in steps]
+        if saved:
+            engine.save(saved, steps[-1] + 1, {"spec": engine.spec.to_dict()}, training={})
+        parameters = engine.gather_parameters()
+        return {"step": resumed.step if resumed else 0, "losses": losses, "parameters": parameters or {}}
+    finally:
+        engine.close()
+
+
+def test_a_run_goes_on_under_another_layout(tmp_path: Path) -> None:
+    """Two steps at tp 2 with sequence parallelism and etp 2, the third at ep 2: as three on one rank."""
+    folder = str(tmp_path)
+    whole = run_dist(train, args=(ONE, range(3), str(tmp_path / "none")), world=1)[0]
+    first = run_dist(train, args=(ParallelConfig(**SP, etp=2), range(2), folder, folder), world=2)[0]
+    last = run_dist(train, args=(ParallelConfig(ep=2), [2], folder), world=2)[0]
+    assert last["step"] == 2
+    assert first["losses"] + last["losses"] == pytest.approx(whole["losses"], rel=PARITY_FP32)
+    for key, values in whole["parameters"].items():
+        assert relative_error(last["parameters"][key], values) <= PARITY_FP32, key
+
+
+def start(folder: str) -> dict[str, Any]:
+    """A checkpoint without factors, then everything that may start from it or from one with factors."""
+    from unimega.training.same_model import check_same_model
+
+    plain = make(Case(""), replace(SPEC, lora=None))
+    plain.save(f"{folder}/plain", 0, {"spec": plain.spec.to_dict()})
+    base = plain.gather_parameters()
+    plain.close()
+    engine = make(Case(""), random=False, initial=f"{folder}/plain")
+    started = engine.gather_parameters()
+    engine.save(f"{folder}/lora", 0, {"spec": engine.spec.to_dict()})
+    engine.close()
+    drawn = make(Case(""), random=False)
+    fresh = drawn.gather_parameters()
+    drawn.close()
+    lines = []
+    for lora in (None, replace(LORA, rank=2), replace(LORA, alpha=3.0), replace(LORA, match=("*.attention.*",))):
+        with pytest.raises(CheckpointError) as caught:
+            check_same_model(f"{folder}/lora", replace(SPEC, lora=lora), starts=True)
+        lines.append(str(caught.value))
+    assert not check_same_model(f"{folder}/lora", replace(SPEC, lora=replace(LORA, dropout=0.1)))
+    with pytest.raises(CheckpointError) as caught:
+        check_same_model(f"{folder}/plain", SPEC)
+    lines.append(str(caught.value))
+    return {"base": base, "started": started, "fresh": fresh, "lines": lines}
+
+
+def test_a_checkpoint_without_factors_starts_them(tmp_path: Path) -> None:
+    got = run_dist(start, args=(str(tmp_path),), world=1)[0]
+    for key, values in got["started"].items():
+        want = got["fresh"] if "lora_" in key else got["base"]
+        assert torch.equal(values, want[key]), key
+        assert "lora_b" not in key or not values.any()
+    qkv, expert = (got["fresh"][f"layers.{name}.lora_a"] for name in ("1.attention.qkv", "2.ffn.experts.gate"))
+    for drawn in (qkv, expert[0], expert[1]):  # PEFT's: uniform within 1 / sqrt(inputs)
+        assert 0.9 * 32**-0.5 < drawn.abs().max() <= 32**-0.5
+    assert not torch.equal(expert[0], expert[1])
+    said = [
+        "the checkpoint's model has LoRA of rank 3, the run's has none. Set model.lora as it was, or merge it "
+        "(tools/export_hf.py --merge-lora) and import that.",
+        "the checkpoint has model.lora.rank=3, the run 2. Make them agree.",
+        "the checkpoint has model.lora.alpha=6.0, the run 3.0. Make them agree.",
+        "the checkpoint has model.lora.match=['*'], the run ['*.attention.*']. Make them agree.",
+        "the checkpoint's model has no LoRA, the run's has. Take model.lora away, or start another run with "
+        "checkpoint.initial.",
+    ]
+    assert [line.split(": ", 1)[1] for line in got["lines"]] == said
+
+
+# --- merging, dropout, bf16 ----------------------------------------------------------------------------------------
+
+
+def merged(parallel: ParallelConfig) -> dict[str, Any]:
+    """Losses with factors beside the weights, in them, and beside them again; and the weights at the end."""
+    from unimega.parallel import lora
+
+    engine = make(Case("", parallel=parallel))
+    try:
+        before, losses = engine.gather_parameters(), []
+        for change in (None, lora.merge, lora.unmerge):
+            if change is not None:
+                change(engine.stages)
+            losses.append(engine.evaluate(batches(engine, 0))[0])
+        return {"losses": losses, "before": before, "after": engine.gather_parameters()}
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(**SP, ep=2), pytest.param(ParallelConfig(tp=2, etp=2), marks=pytest.mark.slow)], ids=str
+)
+def test_merged_is_added(parallel: ParallelConfig) -> None:
+    got = run_dist(merged, args=(parallel,), world=2)[0]
+    assert got["losses"][1:] == pytest.approx(got["losses"][:1] * 2, rel=PARITY_FP32)
+    for key, values in got["before"].items():
+        assert relative_error(got["after"][key], values) < 1e-6, key
+
+
+def dropped(parallel: ParallelConfig, recompute: str, dropout: float = 0.3) -> dict[str, Any]:
+    """A step in training; copies are compared: factors that tp does not cut have the same gradients on all ranks."""
+    engine = make(
+        Case("", parallel=parallel, recompute=recompute, trainable=FACTORS),
+        replace(SPEC, lora=replace(LORA, dropout=dropout)),
+    )
+    try:
+        evaluated = [engine.evaluate(batches(engine, 0))[0] for _ in range(2)]
+        engine.forward_backward(batches(engine, 0), whole_gradients=True)
+        gradients = engine.gather_gradients()
+        losses = [engine.step(batches(engine, 0), lr=0.0).loss for _ in range(2)]
+        engine.check_replicas()
+        return {"evaluated": evaluated, "gradients": gradients, "losses": losses}
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(tp=2),
+        pytest.param(ParallelConfig(**SP, etp=2), marks=pytest.mark.slow),
+        pytest.param(ParallelConfig(tp=2, ep=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_dropout_repeats_in_recompute_and_agrees_over_tp(parallel: ParallelConfig) -> None:
+    kept, again = (run_dist(dropped, args=(parallel, recompute), world=2)[0] for recompute in ("none", "full"))
+    without = run_dist(dropped, args=(ONE, "none", 0.0), world=1)[0]
+    assert kept["evaluated"] == pytest.approx(without["evaluated"], rel=PARITY_FP32)
+    assert abs(kept["losses"][0] - without["losses"][0]) > 1e-4 * without["losses"][0]
+    assert kept["losses"][0] != kept["losses"][1]
+    assert kept["losses"] == pytest.approx(again["losses"], rel=PARITY_FP32)
+    for key, values in kept["gradients"].items():
+        assert relative_error(again["gradients"][key], values) <= PARITY_FP32, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [ParallelConfig(**SP), ParallelConfig(ep=2)], ids=str)
+def test_bf16_keeps_fp32_main_gradients(parallel: ParallelConfig) -> None:
+    cases = [Case("", precision="bf16"), Case("", 2, parallel, precision="bf16")]
+    want, got = (run_dist(run_cases, world=case.world, args=([case],))[0][0] for case in cases)
+    for key, values in want["gradients"].items():
+        assert values.dtype == torch.float32
+        assert relative_error(got["gradients"][key], values) <= PARITY_BF16, key
