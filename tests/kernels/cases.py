@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tests.kernels import moe_cases
+from tests.kernels import adamw_cases, moe_cases
 from tests.kernels.case import Case, Tensors, noise, wide
 from unimega.batch import Intervals
 from unimega.kernels.split_linear import SplitLinear
@@ -290,6 +290,7 @@ def linear_cross_entropy_case(
 
 
 DEFINITIONS: dict[str, Any] = {
+    "adamw": adamw_cases.AdamW,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "swiglu": swiglu,
@@ -301,6 +302,7 @@ DEFINITIONS: dict[str, Any] = {
 }
 
 CASES: dict[str, tuple[Case, ...]] = {
+    "adamw": adamw_cases.CASES,
     "rms_norm": (
         rms_norm_case("one row", (1,), 7),
         rms_norm_case("one weight", (33,), 64),

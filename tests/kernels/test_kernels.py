@@ -106,7 +106,7 @@ def test_never_waits_for_the_device(op: str, impl: str, case: Case) -> None:
         with forbid_syncs():
             return calls.remember(function(*args, **kwargs))
 
-    if op == "split_linear":
+    if op in ("split_linear", "adamw"):  # what is resolved is no function
         with forbid_syncs():
             case.call(function, case.leaves)
         return
@@ -131,7 +131,7 @@ class Calls:
 
 def _frozen(name: str) -> bool:
     return name.endswith(("empty modality", "padded vocabulary", "strided", "empty expert")) and not name.startswith(
-        "split_linear"
+        ("split_linear", "adamw")
     )
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tests.kernels.cases import on_device, shuffled
 from unimega import backend
 from unimega.batch import Intervals
-from unimega.kernels import registry, split_linear
+from unimega.kernels import availability, registry, split_linear
 from unimega.kernels.attention import reference
 
 if backend.current().name != "cpu" or importlib.util.find_spec("triton") is None:
@@ -195,3 +195,21 @@ def test_addmm_asks_for_fp32() -> None:
     assert dataclasses.replace(op, accumulate_weight=None) == registry.resolve(
         "split_linear", device=CPU, impl="reference"
     )
+
+
+@pytest.mark.parametrize(
+    ("installed", "reasons"),
+    [
+        ((), ["transformer_engine is not installed", "apex is not installed", None]),
+        (("apex",), ["transformer_engine is not installed", None, "megatron-core takes apex's"]),
+        (("transformer_engine", "apex"), [None, *["megatron-core takes transformer-engine's"] * 2]),
+    ],
+)
+def test_the_optimizer_is_the_one_megatron_takes(
+    monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], reasons: list[str | None]
+) -> None:
+    monkeypatch.setattr(availability, "missing", lambda name: None if name in installed else f"{name} is not installed")
+    rows = [impl for impl in registry.implementations("adamw") if "cuda" in impl.devices]
+    assert [registry.why_not(impl, CUDA) for impl in rows] == reasons
+    chosen = [row.impl for row in registry.rows((CUDA,)) if row.op == "adamw" and row.chosen]
+    assert chosen == [impl.name for impl, reason in zip(rows, reasons, strict=True) if reason is None]

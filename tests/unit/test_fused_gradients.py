@@ -13,8 +13,8 @@ import torch.distributed as dist
 import unimega.parallel  # noqa: F401  (before megatron)
 from unimega import backend
 from unimega.kernels import apex, split_linear
+from unimega.kernels.adamw import AdamW
 from unimega.parallel import repairs
-from unimega.parallel.adamw import AdamW
 from unimega.parallel.linear import Layout, Weights, column_linear, row_linear
 
 if backend.current().name != "cpu":

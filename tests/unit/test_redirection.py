@@ -438,7 +438,7 @@ from megatron.core import parallel_state, jit
 from megatron.core.tensor_parallel import random
 assert parallel_state.torch is torch and jit.jit_fuser is torch.compile
 assert random._get_cuda_rng_state.__module__ == random.__name__
-from unimega.parallel.adamw import AdamW
+from unimega.kernels.adamw import AdamW
 assert megatron.core.optimizer.Adam is AdamW
 print("nothing installed")
 """

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 import unimega.parallel  # noqa: F401  (before megatron)
 from unimega import backend
+from unimega.kernels.adamw import AdamW
 from unimega.parallel import repairs
-from unimega.parallel.adamw import AdamW
 
 if backend.current().name != "cpu":
     pytest.skip("runs megatron-core on the CPU", allow_module_level=True)

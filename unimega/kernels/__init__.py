@@ -4,6 +4,7 @@ Importing the modules of the ops fills the table of ``registry``; a call site on
 """
 
 from unimega.kernels import (
+    adamw,
     add_rms_norm,
     attention,
     expert_ffn,
@@ -21,6 +22,7 @@ from unimega.kernels import (
 )
 
 __all__ = [
+    "adamw",
     "add_rms_norm",
     "attention",
     "expert_ffn",

@@ -13,7 +13,7 @@ from typing import Any
 
 from unimega import backend
 from unimega.backend.import_hook import after_import
-from unimega.parallel.adamw import AdamW
+from unimega.kernels.adamw import AdamW
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from tests.kernels.npu import wheel
 from tests.kernels.npu.simulation import SCHEMAS
 from tests.kernels.npu.test_rows import EVERY
 from unimega.backend import npu, npu_redirection
-from unimega.parallel.adamw import AdamW
+from unimega.kernels.adamw import AdamW
 
 VERSION = "2.13.0"
 ROOT = Path(__file__).resolve().parents[3]

@@ -1,9 +1,17 @@
-"""AdamW whose state survives megatron-core's checkpoints."""
+"""AdamW, the optimizer that megatron-core's distributed one calls: a class, with the state and arguments of ``AdamW``.
+
+megatron-core chooses as it is imported, TransformerEngine's FusedAdam before Apex's; where neither can run, ours takes
+their place (``unimega.parallel.repairs``). The table says which it is. A row cannot be named instead of that one.
+
+Bytes of a step: 28 for each fp32 parameter (it, its gradient and two moments read, all but the gradient written).
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
+from unimega.kernels import availability, registry
 
 
 class AdamW(torch.optim.Optimizer):
@@ -74,3 +82,41 @@ class AdamW(torch.optim.Optimizer):
             amsgrad=False,
             maximize=False,
         )
+
+
+def _missing(device: torch.device) -> dict[str, str | None]:
+    """Why FusedAdam of a package cannot run, in megatron-core's order."""
+    return {
+        name: availability.missing(package)
+        for name, package in (("transformer-engine", "transformer_engine"), ("apex", "apex"))
+        if device.type == "cuda"
+    }
+
+
+def _why_not(own: str) -> Callable[[torch.device], str | None]:
+    """The ``why_not`` of a row: it is not there, or megatron-core takes one before it."""
+
+    def why_not(device: torch.device) -> str | None:
+        for name, reason in _missing(device).items():
+            if name == own:
+                return reason
+            if reason is None:
+                return f"megatron-core takes {name}'s"
+        return None
+
+    return why_not
+
+
+registry.declare(
+    "adamw",
+    *(
+        registry.Impl(name, f"{target}:FusedAdam", frozenset({"cuda"}), _why_not(name), note="never run on hardware")
+        for name, target in (
+            ("transformer-engine", "transformer_engine.pytorch.optimizers"),
+            ("apex", "apex.optimizers"),
+        )
+    ),
+    # torch._fused_adamw_ again: torch-npu has had a kernel of its own for it since 2.1
+    registry.Impl("npu", f"{__name__}:AdamW", frozenset({"npu"}), availability.npu(), note="never run on hardware"),
+    registry.Impl("reference", f"{__name__}:AdamW", registry.EVERYWHERE, _why_not("reference")),
+)
