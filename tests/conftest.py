@@ -6,6 +6,7 @@ prints where every thread stands. ``@pytest.mark.timeout(seconds)`` overrides it
 
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -52,3 +53,18 @@ def no_rank_left_behind() -> Iterator[None]:
         if process.is_alive():
             process.kill()
             process.join()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count the calls of ops that were held to a definition: op x implementation x case x dtype."""
+    counts: dict[str, Counter[str]] = {}
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            place, _, name = report.nodeid.partition("::")
+            if name.startswith("test_matches_definition["):
+                counts.setdefault(outcome, Counter())[place.removeprefix("tests/")] += 1
+    if counts:
+        terminalreporter.section("ops held to their definitions: op x implementation x case x dtype")
+    for outcome, places in counts.items():
+        told = ", ".join(f"{place} {number}" for place, number in sorted(places.items()))
+        terminalreporter.write_line(f"{outcome:7} {places.total():5}   ({told})")
