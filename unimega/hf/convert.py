@@ -1,7 +1,7 @@
 """A Hugging Face folder becomes a checkpoint: step 0 of a new folder of steps, there as a whole or not at all."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from unimega import log
+from unimega.config.schema import ModelConfig
 from unimega.errors import CheckpointError
 from unimega.hf import start_weights
 from unimega.hf.fate import Fate
@@ -33,7 +34,7 @@ logger = log.get(__name__)
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One key of the checkpoint to be, and what becomes of tensors of the folder there."""
 
     key: str
@@ -77,22 +78,55 @@ def import_folder(
         parts = [_started(recipe, weights, what, seed) for recipe in start_weights.recipes(what)]
     else:
         parts = [_copied(row, weights) for row in names.rows]
+    write_checkpoint(
+        target,
+        parts,
+        metadata=_metadata(what, read_config(folder)),
+        model=source.model,
+        tokenizer=tokenizer,
+        config=folder / "config.json",
+        progress=progress,
+    )
+    dropped = [Fate("dropped", (name,), "", _TIED) for name in names.dropped(weights.shapes)]
+    return [fate for part in parts for fate in part.fates] + dropped
+
+
+def write_checkpoint(
+    target: Path,
+    parts: Sequence[Part],
+    *,
+    metadata: dict[str, Any],
+    model: ModelConfig,
+    tokenizer: Path | None,
+    config: Path | None,
+    progress: Progress,
+) -> None:
+    """Make and write one tensor after another as step 0 of a new folder of steps.
+
+    Args:
+        metadata: goes to ``model.json``.
+        model: the ``[model]`` of a run that trains it.
+        tokenizer: folder whose files go along.
+        config: file that tells the rows of the tokenizer's model, beside those files.
+
+    Raises:
+        CheckpointError: the disk does not take it.
+    """
     temporary = target.absolute().with_name(f".{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)  # of an import that was killed
     try:
-        write_step(temporary, _watched(parts, progress), metadata=_metadata(what, read_config(folder)))
-        (temporary / MODEL_TABLE).write_text(model_table(source.model))
+        write_step(temporary, _watched(parts, progress), metadata=metadata)
+        (temporary / MODEL_TABLE).write_text(model_table(model))
         if tokenizer:
             (temporary / TOKENIZER_FOLDER).mkdir()
             copy_tokenizer(tokenizer, temporary / TOKENIZER_FOLDER)
-            shutil.copyfile(folder / "config.json", temporary / TOKENIZER_FOLDER / "config.json")  # rows of its model
+            if config is not None:
+                shutil.copyfile(config, temporary / TOKENIZER_FOLDER / "config.json")
         put(temporary, target)
     except OSError as error:
         raise CheckpointError(f"{str(target)!r} cannot be written: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    dropped = [Fate("dropped", (name,), "", _TIED) for name in names.dropped(weights.shapes)]
-    return [fate for part in parts for fate in part.fates] + dropped
 
 
 def layout_of(model: dict[str, Any]) -> Layout:
@@ -112,7 +146,7 @@ def layout_of(model: dict[str, Any]) -> Layout:
     return Layout(**source["layout"])
 
 
-def _copied(row: Row, weights: Tensors) -> _Part:
+def _copied(row: Row, weights: Tensors) -> Part:
     """A key that the folder's tensors fill."""
     note = weights.note(row.names[0])
     fate = Fate("copied", row.names, row.key, note) if row.used else Fate("carried", row.names, row.key, _NOT_USED)
@@ -121,10 +155,10 @@ def _copied(row: Row, weights: Tensors) -> _Part:
         dtype=_dtype(row.names, weights),
         make=lambda: row.join([weights[name] for name in row.names]),
     )
-    return _Part(row.key, tensor, (fate,))
+    return Part(row.key, tensor, (fate,))
 
 
-def _started(recipe: start_weights.Recipe, weights: Tensors, start: Start, seed: int) -> _Part:
+def _started(recipe: start_weights.Recipe, weights: Tensors, start: Start, seed: int) -> Part:
     """A key of a model that the folder starts."""
     names = recipe.row.names if recipe.row else ()
     dtype = _dtype(names or ("model.embed_tokens.weight",), weights)
@@ -135,7 +169,7 @@ def _started(recipe: start_weights.Recipe, weights: Tensors, start: Start, seed:
     is_new = not names or (recipe.how == "rows" and recipe.note)
     fates = [Fate("copied", names, recipe.key, "" if is_new else recipe.note)] if names else []
     fates += [Fate("initialised", (), recipe.key, recipe.note)] if is_new else []
-    return _Part(recipe.key, Unmade(shape=recipe.shape, dtype=dtype, make=make), tuple(fates))
+    return Part(recipe.key, Unmade(shape=recipe.shape, dtype=dtype, make=make), tuple(fates))
 
 
 def _dtype(names: Iterable[str], weights: Tensors) -> torch.dtype:
@@ -146,12 +180,12 @@ def _dtype(names: Iterable[str], weights: Tensors) -> torch.dtype:
     return first
 
 
-def _watched(parts: list[_Part], progress: Progress) -> dict[str, Unmade]:
+def _watched(parts: Sequence[Part], progress: Progress) -> dict[str, Unmade]:
     """The tensors, heard of when they are made, and looked at."""
     sizes = {part.key: torch.Size(part.tensor.shape).numel() * part.tensor.dtype.itemsize for part in parts}
     done, total = 0, sum(sizes.values())
 
-    def make(part: _Part) -> torch.Tensor:
+    def make(part: Part) -> torch.Tensor:
         nonlocal done
         tensor = part.tensor.make()
         if not torch.isfinite(tensor).all():

@@ -69,8 +69,8 @@ def draw(key: str, shape: Sequence[int], spec: ModelSpec, *, seed: int) -> torch
 def _draw(key: str, shape: Sequence[int], spec: ModelSpec, seed: int) -> torch.Tensor:
     if ".lora_a" in key:
         bound = shape[-1] ** -0.5
-        return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=_generator(seed, key))
-    return torch.empty(tuple(shape)).normal_(std=deviation(key, spec), generator=_generator(seed, key))
+        return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator(seed, key))
+    return torch.empty(tuple(shape)).normal_(std=deviation(key, spec), generator=generator(seed, key))
 
 
 def deviation(key: str, spec: ModelSpec) -> float:
@@ -84,6 +84,7 @@ def deviation(key: str, spec: ModelSpec) -> float:
     return spec.init_linear
 
 
-def _generator(seed: int, key: str) -> torch.Generator:
+def generator(seed: int, key: str) -> torch.Generator:
+    """What draws a tensor: a function of the two alone."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
