@@ -54,7 +54,11 @@ def take_part(group: dist.ProcessGroup, total: int) -> Movement:
 
     def whole(x: torch.Tensor) -> tuple[torch.Tensor, dist.Work | None]:
         rows, work = _gather(x, group)
-        return rows[:total], work
+        if len(rows) == total:
+            return rows, work
+        if work is not None:
+            work.wait()
+        return rows[:total].clone(), None  # autograd allows no view of what a collective still writes
 
     return Movement(lambda x: (part_of(x, group, fill=0.0), None), whole)
 

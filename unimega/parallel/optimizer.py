@@ -13,7 +13,7 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -143,9 +143,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     Afterwards the gradients are where ``update`` takes them from.
     """
     optimizer.prepare_grads()
-    # in one sum: megatron-core's own is one all-reduce or two, by what is frozen on this rank, and may wait for ever
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return float(get_grad_norm_fp32([grad for part in parts for grad in part.get_main_grads_for_grad_norm()]))
+    return float(optimizer.get_grad_norm())
 
 
 def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
