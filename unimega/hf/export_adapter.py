@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 
+from unimega import log
 from unimega.config.model import ModelSpec
 from unimega.errors import CheckpointError
 from unimega.hf import export_config
 from unimega.hf.export import DTYPES, Exported, begin, open_step
-from unimega.hf.lora import factor_rows, linear_of
+from unimega.hf.lora import check_factors, factor_rows, linear_of
 from unimega.hf.names import Row, table
 from unimega.hf.shard_file import ShardFile
 from unimega.hf.target import check_export, put, sync
 
+logger = log.get(__name__)
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 """What PEFT puts before the names of a model that it wraps."""
@@ -44,9 +46,7 @@ def export_adapter(
     wanted = export_config.describe(spec, format=format, dtype="float32", stored=stored, special=None)
     base = table(spec, wanted.layout).rows
     rows = factor_rows(spec, base)
-    for row in rows:
-        if weights.shapes.get(row.key) != row.key_shape:
-            raise CheckpointError(f"{step}: has no {row.key!r} of shape {list(row.key_shape)}. It is damaged.")
+    check_factors(weights, rows)
     kind = DTYPES[dtype] if dtype else weights.dtypes[rows[0].key]
     described = {
         _PREFIX + name: (kind, shape) for row in rows for name, shape in zip(row.names, row.shapes, strict=True)
@@ -99,6 +99,7 @@ def _targets(spec: ModelSpec, base: Sequence[Row]) -> list[str]:
     transformers 5 fuses experts, and PEFT knows them by the ends of the names that they had before alone.
     """
     adapted = {row.key.replace(".lora_a", ".weight") for row in factor_rows(spec, base)}
+    stacked = any(row.stacked and row.key in adapted for row in base)
     modules = {
         name.removesuffix(".weight"): row.key in adapted
         for row in base
@@ -107,6 +108,11 @@ def _targets(spec: ModelSpec, base: Sequence[Row]) -> list[str]:
     }
     ends = {name.rpartition(".")[2] for name, has in modules.items() if has}
     by_end = {name for name in modules if name.rpartition(".")[2] in ends}
-    if any(row.stacked and row.key in adapted for row in base) or all(modules[name] for name in by_end):
+    dense = any(".ffn." in row.key and not row.stacked and row.key in adapted for row in base)
+    if stacked and dense:
+        logger.warning(
+            "PEFT with transformers 5 leaves out the factors of FFNs beside routed experts: merge such a model instead"
+        )
+    if stacked or all(modules[name] for name in by_end):
         return sorted(ends)
     return sorted(name for name, has in modules.items() if has)

@@ -63,6 +63,18 @@ def _pair(row: Row, rank: int) -> list[Row]:
     return [replace(a, kv_heads=1) if row.kv_heads else a, b]
 
 
+def check_factors(stored: StoredWeights, rows: Iterable[Row]) -> None:
+    """Compare the factors of a checkpoint with the rows of its model.
+
+    Raises:
+        CheckpointError: the first that is missing or of another shape.
+    """
+    for row in rows:
+        if (found := stored.shapes.get(row.key)) != row.key_shape:
+            what = "is missing" if found is None else f"is {list(found)}, the model wants {list(row.key_shape)}"
+            raise CheckpointError(f"key {row.key!r} {what}. The checkpoint is of another model.")
+
+
 class Merged:
     """Stored weights, each with what its factors add; the factors themselves are not there."""
 
@@ -80,10 +92,8 @@ class Merged:
         self._stored, self._scale = stored, spec.lora.alpha / spec.lora.rank
         self._fused = {row.key: Fused(_heads(spec), spec.kv_heads) for row in base if row.kv_heads}
         rows = factor_rows(spec, base)
-        shapes = {row.key: stored.shapes.get(row.key) for row in rows}
-        for row in rows:
-            if shapes[row.key] != row.key_shape:
-                raise CheckpointError(f"key {row.key!r} is {shapes[row.key]}, the model wants {list(row.key_shape)}.")
+        check_factors(stored, rows)
+        shapes = {row.key: row.key_shape for row in rows}
         self.shapes: Mapping[str, tuple[int, ...]] = {k: v for k, v in stored.shapes.items() if k not in shapes}
         self.dtypes: Mapping[str, torch.dtype] = {key: stored.dtypes[key] for key in self.shapes}
         self._adapted = {row.key.replace(".lora_a", _WEIGHT) for row in rows}
