@@ -15,11 +15,12 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from unimega.data.reader import IndexedCorpus
 from unimega.data.scan import MODALITIES
 from unimega.data.tokenize import TextTokenizer
 from unimega.data.verify import verify
-from unimega.errors import DataError, optional, run_cli
+from unimega.errors import ConfigError, DataError, optional, run_cli
 
 _WIDTH = 30
 _SHOWN = 3
@@ -60,9 +61,15 @@ class _Bar:
             print("\x1b[K", end="\r", file=sys.stderr, flush=True)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake."""
+        raise ConfigError(f"{message}. --help shows every option.")
+
+
 def main(argv: Sequence[str]) -> None:
     """Run one of the commands."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="stats|verify|show|plot")
     for name, add, words in (
         ("stats", _add_stats, "tokens, documents, lengths, sources, entropies"),
@@ -75,13 +82,27 @@ def main(argv: Sequence[str]) -> None:
         command.add_argument(
             "--megatron", action="store_true", help="Megatron-LM wrote it: no sidecar, mode bytes are all text"
         )
-    arguments = parser.parse_args(argv)
+    arguments = _parse(parser, argv)
     run = {"stats": _stats, "verify": _verify, "show": _show, "plot": _plot}[arguments.command]
     try:
         run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # a reader such as `head` has enough; the interpreter must not flush into the pipe again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Also take prefixes and numbers of documents behind an option, where argparse looks for no more of them."""
+    arguments, rest = parser.parse_known_args(argv)
+    is_show = arguments.command == "show"
+    pattern = r"-?\d+" if is_show else r"[^-].*"
+    if unknown := [one for one in rest if not re.fullmatch(pattern, one)]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if is_show:
+        arguments.numbers += map(int, rest)
+    else:
+        arguments.prefix += rest
+    return arguments
 
 
 def _add_stats(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 
 import numpy as np
@@ -16,6 +17,7 @@ from tests.unit.data_corpora import read
 from tests.unit.test_data_preprocess import IMAGE, make_job, make_tokenizer
 from unimega.data.preparing import files
 from unimega.data.preparing.files import InputFile, lines, lines_of_block
+from unimega.data.preparing.report import table
 from unimega.data.preprocess import preprocess
 from unimega.data.records.row import BadRow
 from unimega.errors import DataError
@@ -267,6 +269,7 @@ def test_validate_writes_no_corpus(tmp_path, tokenizer):
     (source,) = facts["sources"]
     assert (source["rows"], source["documents"], source["tokens"]["vision"]) == (121, 120, 240)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.quarantine.jsonl", "rows"]
+    assert re.split(" {2,}", table(job, facts, seconds=1).splitlines()[1])[1:5] == ["121", "120", "-", "240"]
 
 
 def test_inputs_are_named_by_globs_in_order(tmp_path, tokenizer):

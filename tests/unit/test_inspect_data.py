@@ -320,10 +320,26 @@ def test_mistakes_get_one_line(corpus, capsys, case):
         raise DataError(err)
 
 
-@pytest.mark.parametrize("words", [(), ("stats",), ("show", "a", "--random", "0"), ("stats", "a", "--entropy", "9")])
-def test_wrong_options_are_explained(capsys, words):
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ((), "required: stats|verify|show|plot"),
+        (("stats",), "required: PREFIX"),
+        (("show", "a", "--random", "0"), "argument --random"),
+        (("stats", "a", "--entropy", "9"), "argument --entropy"),
+        (("show", "a", "--full", "x"), "unrecognized arguments: x"),
+        (("stats", "a", "--colour", "b"), "unrecognized arguments: --colour"),
+    ],
+)
+def test_wrong_options_are_explained(capsys, words, line):
     status, out, err = run(capsys, *words)
-    assert status == 2 and not out and "usage:" in err
+    assert status == 2 and not out and err.count("\n") == 1
+    assert err.startswith("unimega: ") and line in err and err.endswith("--help shows every option.\n")
+
+
+def test_options_may_stand_anywhere(corpus, capsys):
+    assert run(capsys, "show", corpus, "--full", "1", "-1") == run(capsys, "show", corpus, "1", "-1", "--full")
+    assert run(capsys, "verify", corpus, "--json", corpus) == run(capsys, "verify", corpus, corpus, "--json")
 
 
 def test_help_teaches(capsys):

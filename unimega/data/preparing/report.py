@@ -84,9 +84,9 @@ def table(job: Job, sidecar: Mapping[str, Any], *, seconds: float) -> str:
         for number, value in enumerate(values):
             sums[number] += value
     total = [sum(column) for column in zip(*rows.values(), strict=True)]
-    lines = [_COLUMNS, *(_cells(name, sums) for name, sums in rows.items())]
+    lines = [_COLUMNS, *(_cells(job, name, sums) for name, sums in rows.items())]
     if len(rows) > 1:
-        lines.append(_cells("total", total))
+        lines.append(_cells(job, "total", total))
     widths = [max(len(line[number]) for line in lines) for number in range(len(_COLUMNS))]
     shown = [
         "  ".join(cell.ljust(width) if not number else cell.rjust(width) for number, (cell, width) in enumerate(line))
@@ -96,8 +96,11 @@ def table(job: Job, sidecar: Mapping[str, Any], *, seconds: float) -> str:
     return "\n".join([*shown, *_reasons(job, sidecar), _written(job, sidecar, rate)])
 
 
-def _cells(name: str, sums: list[float]) -> tuple[str, ...]:
-    return (name, *(f"{value:.0f}" for value in sums[:-1]), f"{sums[-1]:.1f}")
+def _cells(job: Job, name: str, sums: list[float]) -> tuple[str, ...]:
+    cells = [name, *(f"{value:.0f}" for value in sums[:-1]), f"{sums[-1]:.1f}"]
+    if job.validate:  # texts are not tokenised then
+        cells[_COLUMNS.index("text tokens")] = "-"
+    return tuple(cells)
 
 
 def _reasons(job: Job, sidecar: Mapping[str, Any]) -> list[str]:
