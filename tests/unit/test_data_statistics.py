@@ -92,6 +92,15 @@ def test_percentiles_are_those_of_the_sorted_lengths():
             assert counted.percentile(percent) == lengths[max(0, math.ceil(size * percent / 100) - 1)]
 
 
+@pytest.mark.parametrize("most", [0, 3, 400, 401, 10**12])
+def test_lengths_are_counted_however_long_they_are(most):
+    """Short ones in a table, long ones sorted: neither is seen from outside."""
+    lengths = np.append(np.random.default_rng(1).integers(0, most + 1, 99), most)
+    counted = statistics.Lengths.of(lengths)
+    assert dict(zip(counted.values.tolist(), counted.counts.tolist(), strict=True)) == Counter(lengths.tolist())
+    assert (np.diff(counted.values) > 0).all() and len(statistics.Lengths.of(lengths[:0]).values) == 0
+
+
 documents_of = st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, 10**6)))
 
 
