@@ -8,6 +8,7 @@ import torch
 
 from tests import models, oracle
 from unimega.config import layer
+from unimega.config.experts import ExpertSpec
 from unimega.config.model import ModelSpec
 from unimega.config.schema import ParallelConfig
 from unimega.hf.inputs import Inputs
@@ -16,6 +17,7 @@ DOCUMENTS = (9, 1, 17, 6, 4)
 """Tokens of each document of a pack; the last ones are pads in the second row."""
 
 _half_biased: dict[str, Any] = {"qk_norm": True, "qkv_bias": True, "output_bias": False}
+_routed: dict[str, Any] = {"number": 6, "width": 12, "top_k": 2}
 SPECS: dict[str, ModelSpec] = {
     **{name: one for name, one in models.PRESETS.items() if len(one.modalities) < 3},
     "skip": models.SKIP,
@@ -36,6 +38,29 @@ SPECS: dict[str, ModelSpec] = {
         layer.share(4, ffn=(24,), middle=(24,), shared=8, encode=1, decode=1), models.ONE
     ),
     "moe_hard, every layer": models.spec(layer.moe_hard(3, ffn=(24, 24), every=1), output_bias=True, qkv_bias=True),
+    "qwen3_moe": models.spec(layer.moe((True, False, True), experts=ExpertSpec(**_routed, normalize=False), ffn=24)),
+    "mixtral": models.spec(layer.moe((True,) * 2, experts=ExpertSpec(**_routed), ffn=0), models.ONE, qk_norm=False),
+    "routed, sets": models.spec(
+        layer.moe((True,) * 2, experts=ExpertSpec(**_routed, sets=((0, 1, 2, 5), (2, 3, 4))), ffn=0), tied=True
+    ),
+    "routed, as DeepSeek-V3": models.spec(
+        layer.moe(
+            (False, True),
+            experts=ExpertSpec(
+                **_routed,
+                score="sigmoid",
+                scale=2.5,
+                groups=3,
+                group_topk=2,
+                bias_rate=0.001,
+                shared_width=8,
+                shared_gate=True,
+                balance=0.01,
+            ),
+            ffn=24,
+        ),
+        qk_norm=False,
+    ),
     "mot, no projection of vision": models.spec(layer.mot(2, ffn=(24, 16), output_projection="shared")),
 }
 STOCK = {
@@ -46,6 +71,8 @@ STOCK = {
     "dense, text, qwen2": "qwen2",
     "dense, llama": "llama",
     "unix, nothing split": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+    "mixtral": "mixtral",
 }
 """Specs that load without code of ours; the rest is uni_x."""
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Causal language models over text and image codes: Uni-X, its shared-FFN form, hard MoE and MoT.
+"""Causal language models over text and image codes: Uni-X, its shared-FFN form, hard MoE, MoT, routed experts.
 
 This file goes into an export beside its weights and needs transformers (4.57 or 5) alone:
 ``AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)``. Parameter names are the original Uni-X code's.
@@ -21,6 +21,8 @@ A token is vision if its id is a code (``real_text_vocab_size`` and up) or in ``
        tokens of its own modality; in the layers between it attends to all earlier ones. With ``add_share_ffn`` an FFN
        between is the sum of one per modality and one for all.
   moe  every ``decoder_sparse_step``-th layer has an FFN per modality.
+  routed  every layer but ``mlp_only_layers`` has an FFN of routed experts, beside which a shared one may stand; the
+       experts that a token may use can depend on its modality. No token is ever dropped.
   mot  q, k, v projections, their norms and the FFN exist per modality; attention is over all earlier tokens.
 
 Keys and values of a token are made and read in its own modality's layer alone, so a cache has one slot per layer and
@@ -35,7 +37,7 @@ heads, K key-value heads, N head width.
 """
 
 # Modules have computed names and transformers is untyped, so mypy knows of neither:
-# mypy: disable-error-code="no-any-return,no-untyped-call,operator,arg-type,union-attr,misc,return-value"
+# mypy: disable-error-code="no-any-return,no-untyped-call,operator,arg-type,union-attr,misc,return-value,override"
 # mypy: disallow-untyped-decorators=False
 
 from collections.abc import Callable, Sequence
@@ -69,7 +71,7 @@ class UniXConfig(Qwen3Config):
     base_model_pp_plan: ClassVar[dict[str, Any]] = {}
 
     variant: str = "x"
-    """``x``, ``moe`` or ``mot``."""
+    """``x``, ``moe``, ``mot`` or ``routed``."""
     real_text_vocab_size: int = 151936
     """Id of image code 0: ids below it are text."""
     vision_vocab_size: int = 8192
@@ -92,6 +94,23 @@ class UniXConfig(Qwen3Config):
     o_bias: bool = False
     vision_o_proj: str = "unused"
     """mot: ``absent``, ``unused`` (stored, but vision passes text's, as in the original) or ``used``."""
+    num_experts: int = 0
+    """routed; also what follows, named as in Qwen3-MoE, Qwen2-MoE and DeepSeek-V3 where these have it."""
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    mlp_only_layers: list[int] | None = None
+    router_score: str = "softmax"
+    """``softmax`` over all experts, or ``sigmoid`` of each."""
+    router_bias: bool = False
+    """Added to scores for the choice alone."""
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    expert_sets: list[list[int]] | None = None
+    """Experts that text and vision may use; absent or empty: all."""
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
 
 
 class Modalities:
@@ -177,18 +196,21 @@ def _sorted(groups: Tensor) -> tuple[Tensor, Tensor]:
 class UniXMLP(nn.Module):
     """SwiGLU; with copies the sum of the token's own modality's and of one for all."""
 
-    def __init__(self, config: UniXConfig, *, vision: str = "", vision_size: int = 0, share_size: int = 0) -> None:
+    def __init__(
+        self, config: UniXConfig, *, vision: str = "", vision_size: int = 0, share_size: int = 0, size: int = 0
+    ) -> None:
         super().__init__()
         self.activation = ACT2FN[config.hidden_act]
         self.vision = vision if vision_size else None
         self.share = share_size > 0
         self.plain = not vision  # every token passes the one FFN that there is
         width = config.hidden_size
-        for prefix, size in (("", config.intermediate_size), (vision, vision_size), ("share_", share_size)):
-            if size:
-                setattr(self, f"{prefix}gate_proj", nn.Linear(width, size, bias=False))
-                setattr(self, f"{prefix}up_proj", nn.Linear(width, size, bias=False))
-                setattr(self, f"{prefix}down_proj", nn.Linear(size, width, bias=False))
+        own = size or config.intermediate_size
+        for prefix, hidden in (("", own), (vision, vision_size), ("share_", share_size)):
+            if hidden:
+                setattr(self, f"{prefix}gate_proj", nn.Linear(width, hidden, bias=False))
+                setattr(self, f"{prefix}up_proj", nn.Linear(width, hidden, bias=False))
+                setattr(self, f"{prefix}down_proj", nn.Linear(hidden, width, bias=False))
 
     def forward(self, x: Tensor, modalities: Modalities | None = None) -> Tensor:
         """[..., D] -> [..., D]; [B, T, D] where there are copies."""
@@ -202,6 +224,72 @@ class UniXMLP(nn.Module):
     def _ffn(self, prefix: str, x: Tensor) -> Tensor:
         gate, up, down = (getattr(self, f"{prefix}{leaf}_proj") for leaf in ("gate", "up", "down"))
         return down(self.activation(gate(x)) * up(x))
+
+
+class UniXRouter(nn.Linear):
+    """The experts of each token and their weights, in fp32."""
+
+    def __init__(self, config: UniXConfig) -> None:
+        super().__init__(config.hidden_size, config.num_experts, bias=False)
+        self.config = config
+        if config.router_bias:
+            self.e_score_correction_bias = nn.Parameter(torch.zeros(config.num_experts), requires_grad=False)
+
+    def forward(self, x: Tensor, is_vision: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[n, D] -> weights and experts [n, K]; ``is_vision`` [n] where modalities have experts of their own."""
+        config = self.config
+        logits = nn.functional.linear(x.float(), self.weight.float())
+        if config.expert_sets and is_vision is not None:
+            closed = torch.ones(2, logits.shape[1], dtype=torch.bool, device=x.device)
+            for row, experts in zip(closed, config.expert_sets, strict=False):
+                row[experts] = False
+            logits = logits.masked_fill(closed[is_vision.long()], -torch.inf)
+        is_softmax = config.router_score == "softmax"
+        scores = logits.softmax(-1) if is_softmax else logits.sigmoid()
+        keys = scores + self.e_score_correction_bias.float() if config.router_bias else scores
+        keys = keys.masked_fill(logits == -torch.inf, -torch.inf)
+        if config.n_group > 1:
+            groups = keys.unflatten(-1, (config.n_group, -1))
+            best = min(1 if is_softmax else 2, groups.shape[-1])  # as DeepSeek-V2 and V3 rate a group
+            open_ones = groups.topk(best, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
+            closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, open_ones, False)
+            keys = groups.masked_fill(closed[..., None], -torch.inf).flatten(-2)
+        chosen = keys.topk(config.num_experts_per_tok, dim=-1).indices
+        weights = scores.gather(-1, chosen)
+        if config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + (0.0 if is_softmax else 1e-20))
+        return weights * config.routed_scaling_factor, chosen
+
+
+class UniXExperts(nn.Module):
+    """The sum of a token's experts, and of a shared FFN if there is one."""
+
+    def __init__(self, config: UniXConfig) -> None:
+        super().__init__()
+        self.gate = UniXRouter(config)
+        self.experts = nn.ModuleList(
+            UniXMLP(config, size=config.moe_intermediate_size) for _ in range(config.num_experts)
+        )
+        size = config.shared_expert_intermediate_size
+        self.shared_expert = UniXMLP(config, size=size) if size else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
+
+    def forward(self, x: Tensor, modalities: Modalities | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        rows = x.flatten(0, -2)
+        weights, chosen = self.gate(rows, None if modalities is None else modalities.is_vision_BT.flatten())
+        out = torch.zeros_like(rows, dtype=torch.float32)
+        for number, expert in enumerate(self.experts):
+            token, slot = (chosen == number).nonzero(as_tuple=True)
+            if len(token) or self.training:  # an expert without tokens has gradients of zeros, on every rank
+                out = out.index_add(0, token, weights[token, slot, None] * expert(rows[token]).float())
+        out = out.to(x.dtype)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(rows)
+            if self.shared_expert_gate is not None:
+                shared = shared * self.shared_expert_gate(rows).sigmoid()
+            out = out + shared
+        return out.view_as(x)
 
 
 class UniXAttention(nn.Module):
@@ -281,7 +369,7 @@ class UniXAttention(nn.Module):
 class UniXDecoderLayer(GradientCheckpointingLayer):
     """One layer, or what one modality has of a layer that exists twice."""
 
-    def __init__(self, config: UniXConfig, layer_idx: int, mlp: UniXMLP | None = None) -> None:
+    def __init__(self, config: UniXConfig, layer_idx: int, mlp: nn.Module | None = None) -> None:
         super().__init__()
         self.self_attn = UniXAttention(config, layer_idx)
         self.mlp = UniXMLP(config) if mlp is None else mlp
@@ -326,6 +414,7 @@ class UniXPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = False
     _can_compile_fullgraph = False
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["e_score_correction_bias"]
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -338,8 +427,8 @@ class UniXModel(UniXPreTrainedModel):
 
     def __init__(self, config: UniXConfig) -> None:
         super().__init__(config)
-        if config.variant not in ("x", "moe", "mot"):
-            raise ValueError(f"variant={config.variant!r} is unknown. Variants: x, moe, mot.")
+        if config.variant not in ("x", "moe", "mot", "routed"):
+            raise ValueError(f"variant={config.variant!r} is unknown. Variants: x, moe, mot, routed.")
         layers, is_twice = config.num_hidden_layers, config.variant == "x"
         self.encode = config.num_vision_encode_layers if is_twice else 0
         self.decode = layers - config.num_vision_decode_layers if is_twice else layers
@@ -354,9 +443,12 @@ class UniXModel(UniXPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _mlp(self, i: int) -> UniXMLP:
-        """The FFN of layer i, with its copies."""
+    def _mlp(self, i: int) -> nn.Module:
+        """The FFN of layer i, with its copies or experts."""
         config, has_vision = self.config, self.config.vision_vocab_size > 0
+        if config.variant == "routed":
+            is_sparse = (i + 1) % config.decoder_sparse_step == 0 and i not in (config.mlp_only_layers or ())
+            return UniXExperts(config) if is_sparse else UniXMLP(config)
         if config.variant == "moe" and has_vision and (i + 1) % config.decoder_sparse_step == 0:
             return UniXMLP(config, vision="vis_", vision_size=config.intermediate_size)
         if config.variant == "mot" and has_vision:
