@@ -8,12 +8,11 @@ No gradients. Nothing is read by the host: shapes depend on t, k and E alone.
 Bytes: 12 N and what lies in caches. Deterministic.
 """
 
-import importlib
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
+from unimega.kernels import compiled as helper
 from unimega.kernels import registry
 
 
@@ -48,33 +47,16 @@ def compiled(experts: torch.Tensor, num_experts: int) -> ExpertOrder:
     experts = experts.contiguous()
     offsets = experts.new_empty(num_experts + 1)
     place, source = torch.empty_like(experts), experts.new_empty(experts.numel())
-    assert _helper is not None
-    _helper.expert_order(
+    helper.module.expert_order(
         experts.data_ptr(), experts.numel(), num_experts, offsets.data_ptr(), place.data_ptr(), source.data_ptr()
     )
     return ExpertOrder(offsets, place, source)
-
-
-def _load() -> ModuleType | None:
-    try:
-        module = importlib.import_module("unimega._data_index")
-    except ImportError:
-        return None
-    return module if hasattr(module, "expert_order") else None  # an older checkout may have left one behind
-
-
-_helper = _load()
-
-
-def why_not_compiled(device: torch.device) -> str | None:
-    """Why the C++ row cannot run."""
-    return None if _helper is not None else "unimega._data_index is not compiled"
 
 
 registry.declare(
     "expert_order",
     registry.cuda("routing:expert_order"),
     registry.triton("routing:expert_order"),
-    registry.Impl("cpp", f"{__name__}:compiled", frozenset({"cpu"}), why_not_compiled),
+    registry.Impl("cpp", f"{__name__}:compiled", frozenset({"cpu"}), helper.why_not),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

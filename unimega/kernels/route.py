@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from unimega.kernels import compiled as helper
 from unimega.kernels import expert_order, registry, topk_routing
 from unimega.kernels.expert_order import ExpertOrder
 
@@ -35,8 +36,8 @@ def reference(
 
 
 def compiled(logits: torch.Tensor, **how: Any) -> tuple[torch.Tensor, torch.Tensor, ExpertOrder]:
-    """See the module: the order in C++."""
-    weights, experts = topk_routing.reference(logits, **how)
+    """See the module: the choice and the order in C++."""
+    weights, experts = topk_routing.compiled(logits, **how)
     return weights, experts, expert_order.compiled(experts, logits.shape[1])
 
 
@@ -44,6 +45,6 @@ registry.declare(
     "route",
     registry.cuda("routing:route"),
     registry.triton("routing:route"),
-    registry.Impl("cpp", f"{__name__}:compiled", frozenset({"cpu"}), expert_order.why_not_compiled),
+    registry.Impl("cpp", f"{__name__}:compiled", frozenset({"cpu"}), helper.why_not),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

@@ -18,8 +18,11 @@ Gradient: to logits, through weights alone. Nothing is read by the host.
 Bytes, forward: t (E itemsize + 8 k); backward as much.
 """
 
+from collections.abc import Callable
+
 import torch
 
+from unimega.kernels import compiled as helper
 from unimega.kernels import registry
 from unimega.kernels.precision import widen
 
@@ -39,6 +42,37 @@ def reference(
     rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the module: the definition in plain torch."""
+    return _route(_best, logits, k, score, bias, normalize, scale, groups, group_topk, rows)
+
+
+def compiled(
+    logits: torch.Tensor,
+    *,
+    k: int,
+    score: str = "softmax",
+    bias: torch.Tensor | None = None,
+    normalize: bool = True,
+    scale: float = 1.0,
+    groups: int = 1,
+    group_topk: int = 1,
+    rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the module: the choice in C++."""
+    return _route(_best_compiled, logits, k, score, bias, normalize, scale, groups, group_topk, rows)
+
+
+def _route(
+    best: Callable[[torch.Tensor, int], torch.Tensor],
+    logits: torch.Tensor,
+    k: int,
+    score: str,
+    bias: torch.Tensor | None,
+    normalize: bool,
+    scale: float,
+    groups: int,
+    group_topk: int,
+    rows: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     check(logits, k, score, groups, group_topk)
     real = widen(logits if rows is None else logits[:rows])
     scores = score_all(real, score)
@@ -50,7 +84,7 @@ def reference(
         keys = keys.float().masked_fill(real == -torch.inf, -torch.inf)
         if groups > 1:
             keys = _limit_groups(keys, groups, group_topk, 2 if score == "sigmoid" else 1)
-        experts = _best(keys, k)
+        experts = best(keys, k)
     return weigh(scores, experts, score=score, normalize=normalize, scale=scale, pads=len(logits) - len(real))
 
 
@@ -104,9 +138,17 @@ def _best(keys: torch.Tensor, k: int) -> torch.Tensor:
     return last - (packed.topk(k, dim=1).values & 0xFFFFFFFF)
 
 
+def _best_compiled(keys: torch.Tensor, k: int) -> torch.Tensor:
+    keys = keys.contiguous()
+    best = torch.empty(len(keys), k, dtype=torch.int32, device=keys.device)
+    helper.module.topk(keys.data_ptr(), *keys.shape, k, best.data_ptr())
+    return best.long()
+
+
 registry.declare(
     "topk_routing",
     registry.triton("routing:topk_routing"),
+    registry.Impl("cpp", f"{__name__}:compiled", frozenset({"cpu"}), helper.why_not),
     registry.npu("topk_routing:topk_routing", "npu_moe_gating_top_k", only_named=True),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )
