@@ -320,6 +320,7 @@ def main(
     parser.add_argument("--sizes", choices=("tiny", "cpu", "gpu"), default=None, help="absent: those for this device")
     parser.add_argument("--rounds", type=int, default=None, help="absent: 5 on a CPU, 15 on a GPU, 1 with --sizes tiny")
     parser.add_argument("--only", default="", metavar="TEXT", help="shapes that say so, e.g. '\"V\": 48000'")
+    parser.add_argument("--without", nargs="+", default=[], metavar="TEXT", help="contestants whose names say so")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
     parser.add_argument("--output", type=Path, default=None, help="also append the lines to this file")
@@ -329,11 +330,12 @@ def main(
     torch.set_num_threads(options.threads)
     sizes = options.sizes or ("cpu" if device.device.type == "cpu" else "gpu")
     rounds = options.rounds or {"tiny": 1, "cpu": 5, "gpu": 15}[sizes]
+    unwanted = (*options.without, *(("compile",) if options.no_compile else ()))
     for precision in options.precision:
         for job in jobs(sizes, DTYPES[precision]):
             if options.only not in json.dumps(dict(job.shape)):
                 continue
-            for record in measure(without_compile(job) if options.no_compile else job, rounds):
+            for record in measure(without(job, unwanted), rounds):
                 line = json.dumps({"benchmark": "op"} | _rounded(record) | environment())
                 print(line, flush=True)
                 if options.output is not None:
@@ -341,10 +343,13 @@ def main(
                         out.write(f"{line}\n")
 
 
-def without_compile(job: Job) -> Job:
-    """The job less what torch.compile makes."""
-    kept = {name: each for name, each in job.contestants.items() if "compile" not in name}
-    other = {name: each for name, each in job.unlike.items() if "compile" not in name}
+def without(job: Job, unwanted: Sequence[str]) -> Job:
+    """The job less the contestants whose names contain one of ``unwanted``."""
+
+    def wanted(contestants: Mapping[str, Function]) -> dict[str, Function]:
+        return {name: each for name, each in contestants.items() if not any(word in name for word in unwanted)}
+
+    kept, other = wanted(job.contestants), wanted(job.unlike)
     return dataclasses.replace(job, contestants=kept, unlike=other)
 
 
