@@ -346,3 +346,12 @@ def test_an_input_that_goes_meanwhile(tmp_path, tokenizer, at):
     with pytest.raises(DataError, match=r"second: cannot be read \(No such file or directory\)"):
         preprocess(job, remove)
     assert list((tmp_path / "out.work").glob("*.part")) and not list(tmp_path.glob("out.[bi]*"))
+
+
+def test_members_of_one_name_twice_are_no_row(tmp_path, tokenizer):
+    """Neither is taken for the other, and neither is lost in silence."""
+    data = tar([("a.txt", b"one"), ("a.TXT", b"two"), ("b.txt", b"three"), ("b.json", b"{}"), ("a.txt", b"four")])
+    found, sidecar = convert(tmp_path, tokenizer, data, max_bad_share=0.5)
+    assert len(found) == 2 and sidecar["sources"][0]["quarantined"] == {"ambiguous kind": 1}
+    (entry,) = map(json.loads, (tmp_path / "out.quarantine.jsonl").read_text().splitlines())
+    assert entry["line"] == 1 and entry["detail"] == "more than one member of one name that ends in .txt"

@@ -28,7 +28,7 @@ def samples(file: BinaryIO, compression: Compression, shown: str, *, limit: int)
     """
     stream = _Forward(decompressed(file, compression, shown), limit=limit)
     number, key, size, start = 0, None, 0, 0
-    members: dict[str, bytes] = {}
+    members: dict[str, bytes | None] = {}
     with _open(stream, shown) as archive:
         for member in _members(archive, shown):
             folder, slash, name = member.name.rpartition("/")
@@ -42,7 +42,8 @@ def samples(file: BinaryIO, compression: Compression, shown: str, *, limit: int)
                 key, size, start, members = folder + slash + base, 0, member.offset, {}
             size += member.size
             if size <= limit:
-                members[ending.lower()] = _content(archive, member, shown)
+                is_first = ending.lower() not in members
+                members[ending.lower()] = _content(archive, member, shown) if is_first else None
             else:
                 members = {}
         if key is not None:
@@ -52,11 +53,15 @@ def samples(file: BinaryIO, compression: Compression, shown: str, *, limit: int)
             raise DataError(f"{shown}: there is more behind the archive's end. Joined archives? Name each by itself.")
 
 
-def _sample(number: int, start: int, size: int, members: Mapping[str, bytes], limit: int) -> Raw:
+def _sample(number: int, start: int, size: int, members: Mapping[str, bytes | None], limit: int) -> Raw:
+    """A row; None for a member that is there more than once."""
     if size > limit:
         return Raw(number, start, size, too_long(size, limit))
+    known = {ending: data for ending, data in members.items() if data is not None}
     try:
-        return Raw(number, start, size, _fields(members))
+        if twice := members.keys() - known.keys():
+            raise BadRow(f"more than one member of one name that ends in .{min(twice)}", reason="ambiguous kind")
+        return Raw(number, start, size, _fields(known))
     except BadRow as error:
         return Raw(number, start, size, error)
 
