@@ -323,6 +323,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         swiglu_case("odd", 9, 41),
         swiglu_case("even", 33, 64),
         swiglu_case("strided", 7, 41, strided=True),
+        swiglu_case("several blocks", 3, 2**15 + 1),
         swiglu_case("no rows", 0, 8),
     ),
     "qkv_prepare": (

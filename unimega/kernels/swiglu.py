@@ -47,6 +47,7 @@ class _SwiGLU(torch.autograd.Function):
 registry.declare(
     "swiglu",
     registry.triton("swiglu:swiglu"),
+    registry.Impl("cpu", "unimega.kernels.swiglu_cpu:swiglu", frozenset({"cpu"})),
     registry.npu("elementwise:swiglu", "npu_swiglu"),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )
