@@ -49,6 +49,16 @@ KINDS = {
     ),
     "text by type": ({"text": "a", "data_type": "text_pretrain", "codes": IMAGE}, [(TEXT, "a")], None),
     "caption": ({"caption": "a", "codes": IMAGE}, [(CAPTION, "a"), (CODES, IMAGE)], "both"),
+    "caption of LAION-COCO": (
+        {"top_caption": "a", "all_captions": ["b"], "codes": IMAGE},
+        [(CAPTION, "a"), (CODES, IMAGE)],
+        "both",
+    ),
+    "two captions, the nearer one": (
+        {"top_caption": "b", "caption": "a", "codes": IMAGE},
+        [(CAPTION, "a"), (CODES, IMAGE)],
+        "both",
+    ),
     "caption in text": ({"text": "a", "vqcode_512": str(IMAGE)}, [(CAPTION, "a"), (CODES, IMAGE)], "both"),
     "image_text": (
         ABSENT | {"caption": "a", "vqcode_512": str(IMAGE), "data_type": "image_text"},

@@ -6,11 +6,23 @@ from typing import Any
 import numpy as np
 
 from unimega.data.preparing.files import Raw, too_long
+from unimega.data.records.kinds import OTHER_CAPTION
 from unimega.data.records.row import FIELDS
 from unimega.errors import DataError, optional
 
 _KNOWN = frozenset(
-    (*FIELDS, "messages", "image_path", "image_bytes", "image_base64", "video", "videos", "audio", "voice")
+    (
+        *FIELDS,
+        OTHER_CAPTION,
+        "messages",
+        "image_path",
+        "image_bytes",
+        "image_base64",
+        "video",
+        "videos",
+        "audio",
+        "voice",
+    )
 )
 _BATCH_BYTES = 8 << 20
 _BATCH_ROWS = 1024

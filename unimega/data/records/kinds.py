@@ -29,6 +29,8 @@ _IN_ROW_FIELDS = ("image_bytes", "image_base64")
 _PICTURE_FIELDS = ("image", "images", "image_path", *_IN_ROW_FIELDS)
 _TURN_FIELDS = ("conversations", "messages")
 _MAX_CONTENT = 1 << 26
+OTHER_CAPTION = "top_caption"
+"""Where LAION-COCO keeps its caption, and so the tar files of mllm-npu."""
 _OTHER_MEDIA = ("video", "videos", "audio", "voice")
 _IMAGE_CONTEXT = layout.mode(layout.VISION, context=True)
 
@@ -69,6 +71,8 @@ def row_of_fields(fields: Mapping[str, Any], rules: Rules) -> Row:
     """
     if rules.fields:
         fields = _renamed(fields, rules.fields)
+    elif OTHER_CAPTION in fields and absent(fields.get("caption")):
+        fields = {**fields, "caption": fields[OTHER_CAPTION]}
     kind = rules.kind if rules.kind != "auto" else _recognise(fields)
     row = _BUILDERS[kind](fields, rules)
     if row.direction is not None and rules.direction is not None:
