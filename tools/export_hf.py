@@ -1,10 +1,14 @@
 """Turn a checkpoint into a Hugging Face folder.
 
-    python tools/export_hf.py CHECKPOINT OUT [--dtype bf16|fp16|fp32] [--format auto|uni_x|qwen2|qwen3|llama]
+    python tools/export_hf.py CHECKPOINT OUT [--dtype bf16|fp16|fp32]
+        [--format auto|uni_x|unimoe|qwen2|qwen3|llama|qwen3_moe|mixtral]
         [--tokenizer FOLDER] [--max-shard-size 5GB] [--overwrite] [--merge-lora | --adapter]
 
-CHECKPOINT is a folder of steps (its latest is taken) or one step's folder. A model whose modalities have weights of
-their own becomes uni_x, which loads with trust_remote_code=True; a dense one becomes a stock Qwen2, Qwen3 or Llama.
+CHECKPOINT is a folder of steps (its latest is taken) or one step's folder. A dense model becomes a stock Qwen2, Qwen3
+or Llama, one of routed experts a stock Qwen3-MoE or Mixtral, where these compute the same. Any other becomes uni_x,
+which loads with trust_remote_code=True: modalities with weights or experts of their own, sigmoid scores, groups, a bias
+of the router, shared experts. Exports drop no token: capacity is of training. --format unimoe writes Uni-MoE's names,
+with the factors of LoRA where the checkpoint has them.
 
 The factors of LoRA are added to the weights (--merge-lora), or written alone as a PEFT adapter (--adapter).
 """
@@ -17,7 +21,7 @@ from pathlib import Path
 
 from unimega.errors import CheckpointError, run_cli
 from unimega.hf.command import Parser, bar
-from unimega.hf.export_config import FORMATS
+from unimega.hf.export_config import FORMATS, UNIMOE
 from unimega.hf.target import check_export
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -66,6 +70,7 @@ def main(argv: Sequence[str]) -> None:
             progress=progress,
         )
     how = "with trust_remote_code=True" if done.needs_code else "as it is"
+    how = "in Uni-MoE's code" if arguments.format == UNIMOE else how
     tokens = f"tokenizer of {done.tokenizer}" if done.tokenizer else "no tokenizer (--tokenizer FOLDER adds one)"
     print(
         f"{done.model_type}: {done.tensors} tensors, {done.bytes / 1e6:.1f} MB in {len(done.files)} file(s); {tokens}"

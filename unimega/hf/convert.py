@@ -17,8 +17,9 @@ from unimega.hf.fate import Fate
 from unimega.hf.folder import read_config
 from unimega.hf.fused import Tensors
 from unimega.hf.layout import Layout
+from unimega.hf.lora import whole_table
 from unimega.hf.model_table import model_table
-from unimega.hf.names import Row, table
+from unimega.hf.names import Row
 from unimega.hf.read import Source
 from unimega.hf.start import Start
 from unimega.hf.stored import Unmade, write_step
@@ -29,7 +30,7 @@ MODEL_TABLE = "model.toml"
 """In the folder of steps: the ``[model]`` of a run that trains it."""
 Progress = Callable[[int, int], None]
 """Called with bytes that are written, and with those of the whole."""
-_NOT_USED, _TIED = "frozen: the original never uses it", "the head is the embedding"
+_NOT_USED = "frozen: the original never uses it"
 logger = log.get(__name__)
 
 
@@ -72,7 +73,7 @@ def import_folder(
     check_checkpoint(target, overwrite=overwrite)
     base, source = (what.base, what.source) if isinstance(what, Start) else (what, what)
     weights = Tensors(Weights(folder), base.layout.family)
-    names = table(base.spec, base.layout)
+    names = whole_table(base.spec, base.layout)
     names.check_folder(weights, shapes=weights.shapes)
     if isinstance(what, Start):
         parts = [_started(recipe, weights, what, seed) for recipe in start_weights.recipes(what)]
@@ -87,7 +88,7 @@ def import_folder(
         config=folder / "config.json",
         progress=progress,
     )
-    dropped = [Fate("dropped", (name,), "", _TIED) for name in names.dropped(weights.shapes)]
+    dropped = [Fate("dropped", (name,), "", names.why_dropped(name)) for name in names.dropped(weights.shapes)]
     return [fate for part in parts for fate in part.fates] + dropped
 
 

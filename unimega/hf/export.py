@@ -18,7 +18,7 @@ from unimega.data.tokenize import SpecialIds, TextTokenizer, locate
 from unimega.errors import CheckpointError, DataError
 from unimega.hf import export_config
 from unimega.hf.export_config import CODE_FILE, Target
-from unimega.hf.lora import Merged
+from unimega.hf.lora import Merged, whole_table
 from unimega.hf.names import Row, Table, table
 from unimega.hf.shard_file import ShardFile
 from unimega.hf.stored import StoredWeights
@@ -77,7 +77,8 @@ def export_checkpoint(
     """
     partial = check_export(target, overwrite=overwrite)
     step, found, spec, stored = open_step(path)
-    if spec.lora is not None and not merge_lora:
+    keeps_factors = format == export_config.UNIMOE and not merge_lora
+    if spec.lora is not None and not merge_lora and not keeps_factors:
         raise CheckpointError(
             f"{step}: its model has LoRA. Add it to the weights with --merge-lora, or write it alone with --adapter."
         )
@@ -86,7 +87,7 @@ def export_checkpoint(
     kind = DTYPES[dtype] if dtype else None
     spelled = str(kind or found.dtypes.get("embedding.weight", torch.float32)).removeprefix("torch.")
     wanted = export_config.describe(spec, format=format, dtype=spelled, stored=stored, special=special)
-    names = table(spec, wanted.layout)
+    names = whole_table(spec, wanted.layout) if keeps_factors else table(spec, wanted.layout)
     weights = Merged(found, spec, names.rows) if merge_lora else found
     names.check_keys(weights.shapes)
     try:

@@ -16,7 +16,8 @@ DENSE = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "Lla
 STOCK = DENSE | export_experts.STOCK
 """Model types of transformers that a model can be, with their architectures."""
 UNI_X, CODE_FILE = "uni_x", "modeling_unix.py"
-FORMATS = ("auto", UNI_X, *STOCK)
+UNIMOE = "unimoe"
+FORMATS = ("auto", UNI_X, UNIMOE, *STOCK)
 _CARRIED = (
     "bos_token_id",
     "eos_token_id",
@@ -85,6 +86,9 @@ def describe(
         fields["attention_bias"] = spec.output_bias
         if experts:
             fields |= export_experts.stock_fields(spec, experts, model_type, old)
+    elif experts and model_type == UNIMOE:
+        layout = Layout(family="unimoe")
+        fields = export_experts.unimoe_fields(spec, experts, fields, old)
     elif experts:
         layout = Layout(family="qwen")
         fields |= _code_fields(spec) | export_experts.code_fields(spec, experts, old)
@@ -109,7 +113,20 @@ def _model_type(spec: ModelSpec, format: str) -> str:
     stock, why = _stock(spec)
     if format in STOCK and format != stock:
         raise CheckpointError(f"--format={format!r} cannot hold this model: {why}. Use --format {stock or UNI_X}.")
+    if format == UNIMOE:
+        _check_unimoe(spec, stock, why)
     return (stock or UNI_X) if format == "auto" else format
+
+
+def _check_unimoe(spec: ModelSpec, stock: str | None, why: str) -> None:
+    """It computes what a Mixtral of two experts a token does."""
+    experts = export_experts.experts_of(spec)
+    if experts is None or stock != "mixtral" or experts.top_k != 2:
+        why = "it has no routed experts" if experts is None else why
+        raise CheckpointError(
+            f"--format='unimoe' cannot hold this model: {why}. Uni-MoE is a Llama whose tokens have 2 experts in all "
+            f"layers. Use --format {stock or UNI_X}."
+        )
 
 
 def _stock(spec: ModelSpec) -> tuple[str | None, str]:

@@ -63,6 +63,27 @@ def stock_fields(spec: ModelSpec, experts: ExpertSpec, model_type: str, old: Map
     return carried | _sizes(spec, experts, old)
 
 
+def unimoe_fields(spec: ModelSpec, experts: ExpertSpec, common: Fields, old: Mapping[str, Any]) -> Fields:
+    """Uni-MoE's own config.json; fields of encoders and connectors as they were imported.
+
+    Args:
+        common: what all model types have.
+        old: the imported file.
+    """
+    sizes: Fields = {
+        "model_type": old.get("model_type", "llama"),
+        "moe": True,
+        "moe_type": "dense",
+        "num_experts": experts.number,
+        "num_experts_per_tok": experts.top_k,
+        "intermediate_size": experts.width,
+        "use_fm_block": False,
+    }
+    if spec.lora is not None:
+        sizes |= {"lora_r": spec.lora.rank, "lora_alpha": spec.lora.alpha, "lora_dropout": spec.lora.dropout}
+    return (dict(old) if old.get("moe") else {}) | common | sizes
+
+
 def code_fields(spec: ModelSpec, experts: ExpertSpec, old: Mapping[str, Any]) -> Fields:
     """The same for our modelling file."""
     return _sizes(spec, experts, old) | {

@@ -1,6 +1,7 @@
 """The JSON files of a Hugging Face folder. No torch, so that mistakes are answered at once."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{str(path)!r} holds a {type(values).__name__}, not an object.")
     return values
+
+
+def tensor_names(folder: Path) -> frozenset[str]:
+    """Names of all tensors, by the headers of the files alone; what cannot be read has none, and is refused later."""
+    names = [_header(path) for path in folder.glob("*.safetensors")]
+    return frozenset(chain.from_iterable(names)) - {"__metadata__"}
+
+
+def _header(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return list(json.loads(file.read(min(size, path.stat().st_size))))
+    except (OSError, ValueError):
+        return []

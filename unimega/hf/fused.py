@@ -29,7 +29,8 @@ class Tensors(Mapping[str, torch.Tensor]):
             for new, place, shape in _views(name, weights.shapes[name], family) if is_fused else ():
                 self._add(new, place, shape)
             if not is_fused or not name.endswith((FUSED_GATE_UP, FUSED_DOWN, FUSED_ROUTER)):
-                self._add(name, Place(name), weights.shapes[name])
+                spelled = _without_peft(name) if family == "unimoe" else name
+                self._add(spelled, Place(name), weights.shapes[name])
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Read one tensor."""
@@ -50,6 +51,13 @@ class Tensors(Mapping[str, torch.Tensor]):
     def _add(self, name: str, place: Place, shape: tuple[int, ...]) -> None:
         self._places[name], self.shapes[name] = place, shape
         self.dtypes[name] = self._weights.dtypes[place.name]
+
+
+def _without_peft(name: str) -> str:
+    """As the tensor is called where PEFT has not wrapped the model; factors are ``lora_A.weight``."""
+    for part, plain in (("base_model.model.", ""), (".base_layer.", "."), (".default.weight", ".weight")):
+        name = name.replace(part, plain)
+    return name
 
 
 def _views(name: str, shape: tuple[int, ...], family: str) -> Iterator[tuple[str, Place, tuple[int, ...]]]:

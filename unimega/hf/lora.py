@@ -51,7 +51,7 @@ def _pair(row: Row, rank: int) -> list[Row]:
         replace(
             row,
             key=row.key.replace(_WEIGHT, f".{factor}"),
-            names=tuple(name.removesuffix(_WEIGHT) + f".{spelled}{_WEIGHT}" for name in row.names),
+            names=tuple(_factor_name(name, spelled) for name in row.names),
             shapes=shapes,
         )
         for factor, spelled, shapes in (
@@ -73,6 +73,12 @@ def check_factors(stored: StoredWeights, rows: Iterable[Row]) -> None:
         if (found := stored.shapes.get(row.key)) != row.key_shape:
             what = "is missing" if found is None else f"is {list(found)}, the model wants {list(row.key_shape)}"
             raise CheckpointError(f"key {row.key!r} {what}. The checkpoint is of another model.")
+
+
+def _factor_name(weight: str, factor: str) -> str:
+    """PEFT's name; Uni-MoE's own factors beside its experts are not PEFT's."""
+    joint = "_" if ".deepspeed_experts." in weight else "."
+    return f"{weight.removesuffix(_WEIGHT)}{joint}{factor}{_WEIGHT}"
 
 
 class Merged:

@@ -233,7 +233,7 @@ class UniXRouter(nn.Linear):
         super().__init__(config.hidden_size, config.num_experts, bias=False)
         self.config = config
         if config.router_bias:
-            self.e_score_correction_bias = nn.Parameter(torch.zeros(config.num_experts), requires_grad=False)
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
     def forward(self, x: Tensor, is_vision: Tensor | None) -> tuple[Tensor, Tensor]:
         """[n, D] -> weights and experts [n, K]; ``is_vision`` [n] where modalities have experts of their own."""

@@ -17,10 +17,12 @@ from unimega.config.model import ModelSpec
 from unimega.errors import CheckpointError
 from unimega.hf.expert_names import SPELLINGS
 from unimega.hf.layout import Layout
+from unimega.hf.read_unimoe import OUTSIDE
 
 Shape = tuple[int, ...]
 
 _TWO_MODALITIES = 2
+_HEAD, _FREQUENCIES = "lm_head.weight", ".rotary_emb.inv_freq"
 _SPLITS: dict[str, list[set[str]]] = {
     "qwen": [set()],
     "mixtral": [set()],
@@ -82,6 +84,8 @@ class Table:
 
     rows: tuple[Row, ...]
     tied: bool
+    outside: tuple[str, ...] = ()
+    """How names of tensors begin that are no part of this model."""
 
     def check_folder(self, tensors: Mapping[str, torch.Tensor], *, shapes: Mapping[str, Shape]) -> None:
         """Compare a folder with the table.
@@ -95,7 +99,7 @@ class Table:
         """
         self.check(shapes)
         for name in self.dropped(shapes):
-            if not torch.equal(tensors[name], tensors["model.embed_tokens.weight"]):
+            if name == _HEAD and not torch.equal(tensors[name], tensors["model.embed_tokens.weight"]):
                 raise CheckpointError(
                     f"tensor {name!r} differs from 'model.embed_tokens.weight', but config.json has "
                     "tie_word_embeddings=true. One of the two is wrong: set tie_word_embeddings to false to keep both, "
@@ -154,8 +158,16 @@ class Table:
                 )
 
     def dropped(self, names: Mapping[str, Any]) -> tuple[str, ...]:
-        """Tensors of the folder that the checkpoint does not need: the head of a tied model."""
-        return ("lm_head.weight",) if self.tied and "lm_head.weight" in names else ()
+        """Tensors of the folder that the checkpoint does not need: see ``why_dropped``."""
+        return tuple(name for name in names if self.why_dropped(name))
+
+    def why_dropped(self, name: str) -> str:
+        """Why a tensor of the folder is not needed; empty: it is."""
+        if name == _HEAD and self.tied:
+            return "the head is the embedding"
+        if name.endswith(_FREQUENCIES):
+            return "worked out from rope_theta"
+        return "no part of the language model" if name.startswith(self.outside or "\0") else ""
 
 
 def table(spec: ModelSpec, layout: Layout) -> Table:
@@ -176,7 +188,7 @@ def table(spec: ModelSpec, layout: Layout) -> Table:
     rows.append(_copy("final_norm.weight", "model.norm.weight", (spec.width,)))
     if not spec.tied:
         rows.append(_copy("head.weight", "lm_head.weight", (spec.vocabulary.rows, spec.width)))
-    return Table(tuple(rows), spec.tied)
+    return Table(tuple(rows), spec.tied, OUTSIDE if layout.family == "unimoe" else ())
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from unimega.config.presets import model_spec
 from unimega.config.schema import ModelConfig
 from unimega.config.strict import construct, partial
 from unimega.errors import CheckpointError, optional
-from unimega.hf import export_experts
+from unimega.hf import export_experts, read_unimoe
+from unimega.hf.folder import tensor_names
 from unimega.hf.layout import Layout
 
 _FAMILIES = {
@@ -59,6 +60,9 @@ def describe(config: Mapping[str, Any], *, folder: Path, separator_ids: Sequence
         ConfigError: sizes that are missing or impossible, rope scaling, sliding windows.
     """
     where = str(folder / "config.json")
+    if read_unimoe.is_unimoe(config):
+        keys = read_unimoe.model_keys(config, tensor_names(folder), where=where)
+        return _source(keys | {"codebook": 0}, Layout(family="unimoe"), "Uni-MoE", where=where)
     architecture = _architecture(config, where=where)
     family = _FAMILIES[architecture]
     if family in (*_PLAIN, "uni_x") and separator_ids is not None:
@@ -83,6 +87,10 @@ def describe(config: Mapping[str, Any], *, folder: Path, separator_ids: Sequence
         keys["vision_ids"] = _vision_ids(config, keys, folder=folder, where=where, separator_ids=separator_ids)
         keys |= _VARIANTS[family](config, where=where)
         layout = Layout(family=family, encode=keys.get("encode_layers", 0))  # type: ignore[arg-type]
+    return _source(keys, layout, architecture, where=where)
+
+
+def _source(keys: Mapping[str, Any], layout: Layout, architecture: str, *, where: str) -> Source:
     model = construct(ModelConfig, partial(ModelConfig, keys, where=where), where=where)
     model_rules.check(model)
     return Source(model=model, spec=model_spec(model), layout=layout, architecture=architecture)
