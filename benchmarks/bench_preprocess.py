@@ -66,6 +66,8 @@ class Contestant:
     """Of input and output prefix."""
     suffix: str = ""
     """What it adds to the prefix."""
+    first_on_path: str = ""
+    """Folder whose packages come before those that are installed."""
 
 
 def contestants(tokenizer: Path, megatron: Path | None) -> tuple[Contestant, ...]:
@@ -87,7 +89,12 @@ def contestants(tokenizer: Path, megatron: Path | None) -> tuple[Contestant, ...
         return command
 
     return (
-        Contestant("megatron" if megatron else "megatron_loop", theirs, "_text_document"),
+        Contestant(
+            "megatron" if megatron else "megatron_loop",
+            theirs,
+            "_text_document",
+            str(megatron.resolve()) if megatron else "",  # else megatron-core as installed shadows the checkout's own
+        ),
         Contestant("gigatoken", ours("gigatoken", bare=False)),
         Contestant("word-cache", ours("word-cache", bare=True)),
         Contestant("reference", ours("reference", bare=True)),
@@ -97,18 +104,21 @@ def contestants(tokenizer: Path, megatron: Path | None) -> tuple[Contestant, ...
 _ONE = ("--workers", "1")
 
 
-def run(command: Sequence[str]) -> Cost:
-    """Run to the end.
+def run(command: Sequence[str], *, first_on_path: str = "") -> Cost:
+    """Run to the end, with the packages of a folder before those that are installed.
 
     Raises:
         DataError: it fails; with the end of what it said.
     """
+    variables = os.environ | _VARIABLES
+    if first_on_path:
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, (first_on_path, os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder:
         facts, said = Path(folder) / "facts", Path(folder) / "said"
         launch = (sys.executable, "-c", _LAUNCH, str(facts), *command)
         with said.open("wb") as output:
             before = time.monotonic()
-            subprocess.run(launch, stdout=output, stderr=output, env=os.environ | _VARIABLES, cwd=ROOT, check=True)
+            subprocess.run(launch, stdout=output, stderr=output, env=variables, cwd=ROOT, check=True)
             seconds = time.monotonic() - before
         status, cpu_seconds, peak = json.loads(facts.read_text())
         if status:
@@ -145,6 +155,11 @@ class Source:
     documents: int
 
 
+def _run(way: Contestant, source: Source, folder: Path) -> Cost:
+    prefix = folder / f"{way.name}_{source.path.stem}"
+    return run(way.command(source.path, prefix), first_on_path=way.first_on_path)
+
+
 def measure_speed(
     folder: Path, ways: Sequence[Contestant], long: Source, short: Source, line: Source, rounds: int
 ) -> Iterator[dict[str, Any]]:
@@ -154,10 +169,10 @@ def measure_speed(
     best: dict[tuple[str, Path], Cost] = {}
     for _ in range(rounds):
         for way, source in runs:
-            cost = run(way.command(source.path, folder / f"{way.name}_{source.path.stem}"))
+            cost = _run(way, source, folder)
             key = way.name, source.path
             best[key] = min(cost, best.get(key, cost), key=lambda cost: cost.cpu_seconds)
-    run(base.command(long.path, folder / f"{base.name}_{long.path.stem}"))  # once, for its ids alone
+    _run(base, long, folder)  # once, for its ids alone
     start_up = best[base.name, line.path].cpu_seconds
     base_rate = short.text_bytes / _MB / (best[base.name, short.path].cpu_seconds - start_up)
     for way, source in runs[1:]:

@@ -48,6 +48,17 @@ def test_the_cost_is_of_the_command_and_its_children():
         bench_preprocess.run([sys.executable, "-c", "raise SystemExit('no such luck')"])
 
 
+def test_a_checkout_comes_before_what_is_installed(tmp_path):
+    """Megatron-LM's tool appends its checkout to the path, where the installed megatron-core would shadow its own."""
+    (tmp_path / "pytest.py").write_text("raise SystemExit('of the checkout')")
+    with pytest.raises(DataError, match="of the checkout"):
+        bench_preprocess.run([sys.executable, "-c", "import pytest"], first_on_path=str(tmp_path))
+    tool = tmp_path / "tools" / "preprocess_data.py"
+    ways = bench_preprocess.contestants(tmp_path, tmp_path)
+    assert str(tool) in ways[0].command(tmp_path, tmp_path)
+    assert [way.first_on_path for way in ways] == [str(tmp_path), "", "", ""]
+
+
 def test_the_text_is_real_and_does_not_repeat(monkeypatch):
     first = list(itertools.islice(texts.documents(), 300))
     assert first == list(itertools.islice(texts.documents(), 300))
