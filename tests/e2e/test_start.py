@@ -40,6 +40,8 @@ STARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mot": ("qwen2", ("--preset", "mot", "--output-projection", "shared", "--init-vision", "text")),
     "dense": ("qwen3", ("--preset", "dense", "--vision-offset", str(USED))),
 }
+USUAL = ("qwen2", "qwen3", "unix", "unix, tied, skip")
+"""What `make test` holds to more than one rank."""
 LAYOUTS = {"tp 2": ParallelConfig(tp=2, sequence_parallel=True), "pp 2": ParallelConfig(pp=2)}
 
 
@@ -115,8 +117,10 @@ def stored(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return read_model(checkpoint), weights.read([*weights.shapes])
 
 
-def engine_logits(place: str, layouts: dict[str, ParallelConfig]) -> dict[tuple[str, str], np.ndarray]:
-    """On a rank: every checkpoint on every layout."""
+def engine_logits(
+    place: str, layouts: dict[str, ParallelConfig], chosen: tuple[str, ...]
+) -> dict[tuple[str, str], np.ndarray]:
+    """On a rank: the chosen checkpoints on every layout."""
     from unimega.config.model import ModelSpec
     from unimega.hf.evaluate import outputs
     from unimega.hf.inputs import Inputs
@@ -127,37 +131,46 @@ def engine_logits(place: str, layouts: dict[str, ParallelConfig]) -> dict[tuple[
     ids, found = text_ids(), {}
     inputs = Inputs(ids=ids, documents=np.ones_like(ids), targets=None)
     for layout, parallel in layouts.items():
-        for kind, names in (("plain", ("qwen2", "qwen3")), ("starts", tuple(STARTS))):
-            for name in names:
-                path = f"{place}/{kind}/{name}"
-                spec = ModelSpec.from_dict(read_model(path)["spec"])
-                if spec.skip and parallel.pp > 1:
-                    continue
-                engine = Engine(spec, parallel, optimizer_config=None, initial=path)
-                out = outputs(engine, inputs, names=None)
-                engine.close()
-                found[name, layout] = out["logits"] if out else None
+        for name in chosen:
+            path = f"{place}/{'starts' if name in STARTS else 'plain'}/{name}"
+            spec = ModelSpec.from_dict(read_model(path)["spec"])
+            if spec.skip and parallel.pp > 1:
+                continue
+            engine = Engine(spec, parallel, optimizer_config=None, initial=path)
+            out = outputs(engine, inputs, names=None)
+            engine.close()
+            found[name, layout] = out["logits"] if out else None
     return found
-
-
-@pytest.fixture(scope="module")
-def logits(place: Path) -> dict[tuple[str, str], np.ndarray]:
-    alone = run_dist(engine_logits, world=1, args=(str(place), {"one rank": ParallelConfig()}))[0]
-    return alone | run_dist(engine_logits, world=2, args=(str(place), LAYOUTS))[0]
 
 
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
-def test_text_keeps_its_logits(logits: Any, text_logits: Any) -> None:
-    """Plain imports and starts of every preset, on one rank, tp 2 and pp 2."""
-    assert len(logits) == 3 * (2 + len(STARTS)) - 1
+def check_text(logits: dict[tuple[str, str], np.ndarray], text_logits: dict[str, np.ndarray]) -> None:
+    """Plain imports and starts have Qwen's logits."""
     for (name, layout), got in logits.items():
         want = text_logits[STARTS.get(name, (name,))[0]]
         kept = USED if name == "dense" else ROWS
         assert got.shape[-1] == (ROWS if name in text_logits else kept + CODES)
         worst = np.abs(got[..., :kept] - want[..., :kept]).max()
         assert worst < LOGITS, f"{name} on {layout}: off by {worst:.1e}"
+
+
+def test_text_keeps_its_logits(place: Path, text_logits: Any) -> None:
+    """Every preset on one rank, the usual ones with tp 2 and pp 2."""
+    everyone = (*text_logits, *STARTS)
+    logits = run_dist(engine_logits, world=1, args=(str(place), {"one rank": ParallelConfig()}, everyone))[0]
+    logits |= run_dist(engine_logits, world=2, args=(str(place), LAYOUTS, USUAL))[0]
+    assert len(logits) == len(everyone) + 2 * len(USUAL) - 1
+    check_text(logits, text_logits)
+
+
+@pytest.mark.slow
+def test_text_keeps_its_logits_on_any_layout(place: Path, text_logits: Any) -> None:
+    others = tuple(name for name in STARTS if name not in USUAL)
+    logits = run_dist(engine_logits, world=2, args=(str(place), LAYOUTS, others))[0]
+    assert len(logits) == 2 * len(others) == 10
+    check_text(logits, text_logits)
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -276,6 +289,7 @@ every_steps = 1
 """
 
 
+@pytest.mark.slow  # its parts are tests of their own, and test_digits.py trains and exports
 def test_training_then_export(place: Path, tmp_path: Path) -> None:
     """A run takes [model] and weights from the checkpoint; all of it learns; its export has the tokenizer."""
     start, facts = place / "starts" / "unix", data_corpora.facts()
