@@ -346,6 +346,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         attention_case("strided", (5, 9, 8), 4, 2, 6, reorder=True, strided=True),
         attention_case("both ways", (10, 9, 3), 4, 2, 8, both_ways=((2, 6), (12, 19)), reorder=True),
         attention_case("all both ways", (13,), 2, 2, 7, both_ways=((0, 13),)),
+        attention_case("empty runs", (0, 5, 0, 3), 4, 2, 8, reorder=True),
     ),
     "split_linear": (
         split_linear_case("one row", (1,), 3, 5),

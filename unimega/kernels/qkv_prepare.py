@@ -85,7 +85,7 @@ class _QKVPrepare(torch.autograd.Function):
         k = torch.empty(total, groups, 1, width, dtype=wide.dtype, device=wide.device)
         _rotate(wide[:, :, :per_group], cos, sin, out=q)
         _rotate(wide[:, :, per_group:], cos, sin, out=k)
-        q, k = (_reorder(x.view(total, -1, width), rows).to(qkv.dtype) for x in (q, k))
+        q, k = (_reorder(x.flatten(1, 2), rows).to(qkv.dtype) for x in (q, k))
         v = _reorder(packed[:, :, per_group + 1], rows)
         return q, k, v.clone(memory_format=torch.contiguous_format) if rows is None else v
 
@@ -98,7 +98,7 @@ class _QKVPrepare(torch.autograd.Function):
         inverse = saved.pop(0) if ctx.has_rows else None
         total = dq.shape[0]
         grad = torch.empty(total, groups, per_group + 2, width, dtype=cos.dtype, device=dq.device)
-        dq, dk, dv = (_reorder(t, inverse).reshape(total, groups, -1, width) for t in (dq, dk, dv))
+        dq, dk, dv = (_reorder(t, inverse).unflatten(1, (groups, -1)) for t in (dq, dk, dv))
         _rotate(dq.to(grad.dtype), cos, -sin, out=grad[:, :, :per_group])
         _rotate(dk.to(grad.dtype), cos, -sin, out=grad[:, :, per_group : per_group + 1])
         grad[:, :, per_group + 1 :] = dv
@@ -114,7 +114,7 @@ class _QKVPrepare(torch.autograd.Function):
                         grad[:, :, low:high], packed[:, :, low:high], rstds.pop(0), weights[first:last], ctx.counts,
                         needs[first:last],
                     )  # fmt: skip
-        d_qkv = grad.view(total, -1).to(dq.dtype) if ctx.needs_input_grad[0] else None
+        d_qkv = grad.flatten(1).to(dq.dtype) if ctx.needs_input_grad[0] else None
         return d_qkv, None, None, None, None, None, None, None, *d_weights
 
 
