@@ -3,6 +3,7 @@
 import collections
 import json
 import logging
+import struct
 import time
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.data_corpora import EOS, FIRST_WORD, VOCABULARY, facts, pair, random_documents, write
 from unimega.data import format as layout
+from unimega.data import native
 from unimega.data.corpus import vision_ids
 from unimega.data.loader import Loader, Place, step_batch
 from unimega.data.mixture import Cursor, interleaved
@@ -369,6 +371,29 @@ def test_megatron_text_joins_ours(tmp_path, corpora):
     lengths = dict(zip(window.document[window.corpus == 0], window.length[window.corpus == 0], strict=True))
     assert lengths == {0: 3, 1: 2, 2: 3}
     assert all(plan.pack(n).mask.any() for n in range(plan.num_packs))
+
+
+@pytest.mark.parametrize("way", ["compiled", "numpy"])
+def test_documents_beyond_4_gib_reach_the_model(tmp_path, corpora, monkeypatch, way):
+    """Offsets in bytes and in ids pass 32 bits; the file is a hole but for its ends."""
+    if way == "numpy":
+        monkeypatch.setattr(native, "helper", None)
+    far = 9 << 30  # more than 2^31 ids
+    with (tmp_path / "plain.bin").open("wb") as file:
+        for offset, ids in ((0, [8, 9]), (far, [10, 11, 12])):
+            file.seek(offset)
+            file.write(np.asarray(ids, dtype="<i4").tobytes())
+    tables = struct.pack("<ii", 2, 3) + struct.pack("<5q", 0, far, 0, 1, 2)
+    (tmp_path / "plain.idx").write_bytes(layout.MAGIC + layout.HEADER.pack(1, 4, 2, 3) + tables)
+    sources = [Source(path=str(tmp_path / "plain")), *sources_of(corpora, text=1.0)]
+    plan = DataPlan(sources, VOCABULARY, recipe(), evaluation=True)
+    found = {}
+    for number in range(plan.num_packs):
+        pack = plan.pack(number)
+        for place, (name, document) in enumerate(plan.documents(number), 1):
+            if name == "plain":
+                found[document] = pack.tokens[pack.document == place].tolist()
+    assert found == {0: [8, 9, EOS], 1: [10, 11, 12, EOS]}
 
 
 def test_vision_ids_of_the_tokenizer(corpora):
