@@ -83,6 +83,13 @@ def wrap(
     return wrapped
 
 
+def release(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """End a model's life: hooks of its parameters, DDP and optimizer hold each other through C++, unseen by Python."""
+    for stage in wrapped:
+        stage.grad_accs.clear()
+        stage.config.grad_scale_func = stage.config.no_sync_func = stage.config.finalize_model_grads_func = None
+
+
 def make_optimizer(
     wrapped: Sequence[DistributedDataParallel], config: TransformerConfig, optimizer: OptimizerConfig, *, overlap: bool
 ) -> MegatronOptimizer:

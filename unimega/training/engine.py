@@ -148,7 +148,9 @@ class Engine:
             self.optimizer = optimizer.make_optimizer(self.wrapped, self.config, optimizer_config, overlap=self.overlap)
 
     def close(self) -> None:
-        """Forget the groups, so that another engine can be made in this process."""
+        """Close the groups, so that another engine can be made in this process; this one is of no use any more."""
+        if self.optimizer is not None:
+            optimizer.release(self.wrapped)
         groups.destroy()
 
     def forward_backward(
