@@ -4,6 +4,7 @@ The digits recipe has a measured curve (examples/digits/curve.py): an engine tha
 """
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -55,12 +56,12 @@ def corpus(finished: tuple[Path, str, str]) -> Path:
     return finished[0]
 
 
-def run(corpus: Path, logs: Path, *overrides: str, ranks: int = 2, expect: int = 0) -> str:
-    """Start a training as torchrun; returns what it wrote to stderr."""
+def run(corpus: Path, logs: Path, *overrides: str, ranks: int = 2, expect: int = 0, toml: str = "") -> str:
+    """Start a training as torchrun, of the demo or of the ``toml``; returns what it wrote to stderr."""
     output = logs / "run"
     output.mkdir(parents=True, exist_ok=True)
     config = output / "pretrain.toml"
-    config.write_text((corpus / "pretrain.toml").read_text())
+    config.write_text(toml or (corpus / "pretrain.toml").read_text())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += [str(ROOT / "examples" / "pretrain_unix.py"), "--config", str(config)]
     command += ["--logging.directory", str(logs), "--checkpoint.directory", str(logs / "checkpoints"), *overrides]
@@ -165,6 +166,25 @@ def test_an_error_in_the_middle_is_one_line(corpus: Path, tmp_path: Path) -> Non
     assert metrics(tmp_path)[1]["loss_text"] is None and metrics(tmp_path)[1]["loss_vision"] > 3
     stored = json.loads((tmp_path / "checkpoints" / "run.json").read_text())
     assert stored["model"]["vision_ids"] == [21]
+
+
+def test_routed_experts_shared_by_two_ranks(corpus: Path, tmp_path: Path) -> None:
+    """The run file of examples/moe: the loss falls, the records tell of every sparse layer, the picture is drawn."""
+    toml = (ROOT / "examples" / "moe" / "digits.toml").read_text().replace('"demo/', f'"{corpus}/')
+    few = ("--training.steps", "24", "--optimizer.warmup_steps", "8", "--optimizer.schedule", "constant")
+    run(corpus, tmp_path, *few, "--training.evaluate_every_steps", "0", "--logging.every_steps", "2", toml=toml)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records]
+    assert len(losses) == 12 and losses[0] > 3.5 and max(losses[-3:]) < 2
+    for record in records:
+        assert record["moe_layers"] == [1, 2, 3] and record["moe_dropped"] == 0
+        for name in ("text", "vision"):
+            for loads, entropy in zip(record[f"moe_load_{name}"], record[f"moe_entropy_{name}"], strict=True):
+                assert len(loads) == 8 and sum(loads) == pytest.approx(8, abs=0.01) and 1 < entropy < math.log(8)
+    plot = [sys.executable, str(ROOT / "tools" / "plot_experts.py"), str(tmp_path)]
+    done = subprocess.run(plot, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and "3 layers, 12 records of steps 2 to 24" in done.stdout, done.stderr
+    assert (tmp_path / "experts.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
