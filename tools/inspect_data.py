@@ -122,7 +122,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     """Check every length, offset, border, mode and checksum, that every id lies in its vocabulary, and what the sidecar
     counts. Prints a line for each corpus that is whole, and on stderr a line for each problem; then the status is 2."""
     parser.add_argument("prefix", nargs="+", metavar="PREFIX", help="corpora")
-    parser.add_argument("--tokenizer", metavar="DIR", help="text ids must be its; absent: as the sidecar says")
+    parser.add_argument("--tokenizer", metavar="DIR", help="it must have been made with this one; absent: any")
     parser.add_argument("--json", action="store_true", help="a JSON list, one object for each corpus")
 
 
@@ -200,13 +200,14 @@ def _entropies(corpora: Sequence[IndexedCorpus], arguments: argparse.Namespace) 
 
 def _verify(arguments: argparse.Namespace) -> None:
     verdicts = []
-    size = TextTokenizer(arguments.tokenizer).size if arguments.tokenizer else None
+    tokenizer = TextTokenizer(arguments.tokenizer) if arguments.tokenizer else None
     for prefix in map(_without_ending, arguments.prefix):
         bar = _Bar(prefix)
         verdict = verify(
             prefix,
             megatron=arguments.megatron,
-            text_size=size,
+            text_size=tokenizer.size if tokenizer is not None else None,
+            tokenizer_sha256=tokenizer.sha256 if tokenizer is not None else None,
             progress=lambda done, total, bar=bar: bar(done / max(1, total)),  # type: ignore[misc]
         )
         bar.close()

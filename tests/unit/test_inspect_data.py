@@ -1,6 +1,7 @@
 """tools/inspect_data.py: what it prints, in colour and without, for machines, and for files that are damaged."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -335,6 +336,14 @@ def test_wrong_options_are_explained(capsys, words, line):
     status, out, err = run(capsys, *words)
     assert status == 2 and not out and err.count("\n") == 1
     assert err.startswith("unimega: ") and line in err and err.endswith("--help shows every option.\n")
+
+
+def test_verify_knows_another_tokenizer(corpus, tmp_path, capsys):
+    assert run(capsys, "verify", corpus, "--tokenizer", str(tmp_path / "tokenizer"))[0] == 0
+    other = make_tokenizer(tmp_path / "other", specials=["<|endoftext|>", "<|x|>"])
+    status, out, err = run(capsys, "verify", corpus, "--tokenizer", str(other))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert re.search(r"rows.json: made with tokenizer \w{12}, the one that is named is \w{12}", err)
 
 
 def test_options_may_stand_anywhere(corpus, capsys):

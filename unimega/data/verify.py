@@ -32,6 +32,7 @@ def verify(
     *,
     megatron: bool = False,
     text_size: int | None = None,
+    tokenizer_sha256: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verdict:
     """Check a corpus from end to end, in bounded memory.
@@ -40,6 +41,7 @@ def verify(
         prefix: path of its files without their endings.
         megatron: Megatron-LM wrote it: no sidecar, text only.
         text_size: one more than the largest text id that is allowed; absent: the sidecar's.
+        tokenizer_sha256: of the tokenizer that the corpus must have been made with; absent: any.
         progress: hears the bytes of `.bin` that are done, and of all that have to be read.
 
     A damaged index ends the check, for nothing behind it can be found; of `.bin` every damaged block is listed, and the
@@ -51,7 +53,7 @@ def verify(
     except DataError as error:
         return Verdict(str(prefix), (str(error),))
     counted = _Progress(progress, total=_bytes_to_read(corpus))
-    problems = [*_counts(corpus), *corpus.damaged_blocks(counted)]
+    problems = [*_other_tokenizer(corpus, tokenizer_sha256), *_counts(corpus), *corpus.damaged_blocks(counted)]
     for modality, limit in enumerate(_limits(corpus, text_size)):
         problems += _stray(corpus, modality, limit, counted)
     highest = int(layout.modality_of(corpus.modes).max(initial=0)) if corpus.has_modes else 0
@@ -59,6 +61,12 @@ def verify(
         problems.append(f"{corpus.index_path}: a sequence of modality {highest}; known are 0 text, 1 vision.")
     size = corpus.bin_path.stat().st_size
     return Verdict(str(prefix), tuple(problems), corpus.num_documents, size, corpus.sidecar is not None)
+
+
+def _other_tokenizer(corpus: IndexedCorpus, wanted: str | None) -> Iterator[str]:
+    said = corpus.sidecar["tokenizer"]["sha256"] if corpus.sidecar is not None else wanted
+    if wanted is not None and said != wanted:
+        yield f"{corpus.sidecar_path}: made with tokenizer {said[:12]}, the one that is named is {wanted[:12]}."
 
 
 class _Progress:
