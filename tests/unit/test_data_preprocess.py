@@ -212,6 +212,8 @@ def test_other_mistakes(tmp_path, tokenizer):
         run(tmp_path, tokenizer, [{"caption": "a", "codes": IMAGE}], codebook=None, codes_per_image=())
     with pytest.raises(DataError, match=r"no rows. A corpus needs at least one document"):
         run(tmp_path, tokenizer, [])
+    with pytest.raises(DataError, match=r"rows.jsonl: all 2 rows are bad, see .*out.quarantine.jsonl. A corpus needs"):
+        run(tmp_path, tokenizer, [{"text": ""}] * 2, max_bad_share=1)
     for codebook in (0, -3):
         with pytest.raises(DataError, match=rf"--codebook={codebook} is too small"):
             run(tmp_path, tokenizer, [{"text": "a"}], codebook=codebook)

@@ -229,6 +229,7 @@ REFUSED = {
     "unknown type": ({"data_type": "speech"}, "data_type='speech' is not supported; known: text", "unknown kind"),
     "nothing": ({}, "found: none", "unknown kind"),
     "picture without an encoder": ({"caption": "a", "image": "x"}, "nothing encodes it. Pass --image-", "no image tok"),
+    "half a pair in a path": ({"caption": "a", "image": "\ud83d"}, "image holds half a surrogate", "not UTF-8"),
     "video": ({"conversations": [HUMAN, GPT], "video": "x.mp4"}, "video: this modality", "modality not supported"),
     "unknown role": ({"conversations": [{"from": "narrator", "value": "x"}]}, "from='narrator' is not", "unknown role"),
     "no list of turns": ({"conversations": "x"}, "not a list of turns", "wrong type"),

@@ -64,8 +64,10 @@ def verify(
 
 
 def _other_tokenizer(corpus: IndexedCorpus, wanted: str | None) -> Iterator[str]:
-    said = corpus.sidecar["tokenizer"]["sha256"] if corpus.sidecar is not None else wanted
-    if wanted is not None and said != wanted:
+    if corpus.sidecar is None or wanted is None:
+        return
+    said = str(corpus.sidecar["tokenizer"]["sha256"])
+    if said != wanted:
         yield f"{corpus.sidecar_path}: made with tokenizer {said[:12]}, the one that is named is {wanted[:12]}."
 
 

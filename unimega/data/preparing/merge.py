@@ -49,7 +49,9 @@ def merge(plan: Plan, work: Work, *, tick: Callable[[], None]) -> dict[str, Any]
         with quarantine(plan).open() as refused:
             raise too_many(plan, rows, bad, json.loads(refused.readline()))
     if not any(source["documents"] for source in facts["sources"]):
-        raise BadRows(f"{', '.join(file.shown for file in plan.files)}: no rows. A corpus needs at least one document.")
+        found = f"all {rows} rows are bad, see {quarantine(plan)}" if rows else "no rows"
+        names = ", ".join(file.shown for file in plan.files)
+        raise BadRows(f"{names}: {found}. A corpus needs at least one document.")
     if plan.job.validate:
         return facts
     with CorpusWriter(plan.job.output, overwrite=plan.job.overwrite) as writer:

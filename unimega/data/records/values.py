@@ -140,7 +140,7 @@ def _picture(value: Any, name: str, rules: Rules, *, in_row: bool) -> Segment:
                 raise BadRow(f"{name} is not base64 ({error})", reason="bad picture") from error
         if "\0" in value:
             raise BadRow(f"{name} is not a path: it holds a NUL", reason="bad picture")
-        return Segment(layout.MODE_IMAGE, picture=os.path.join(rules.image_root, value))
+        return Segment(layout.MODE_IMAGE, picture=os.path.join(rules.image_root, string(value, name)))
     if isinstance(value, bytes) and value:
         return Segment(layout.MODE_IMAGE, picture=value)
     raise BadRow(
