@@ -4,10 +4,13 @@
     python tools/import_hf.py QWEN CHECKPOINT --preset unix --encode-layers 12 --decode-layers 6
         --codebook 8192 --init-vision text
 
-The first takes a model as it is: Qwen2, Qwen3, the original Uni-X (x, hard MoE, MoT), an export of ours. The second
-makes a stock Qwen2 or Qwen3 the start of a model with images: text keeps its weights and logits, vision gets copies
-of them or weights that are drawn, new rows are the mean of the rows that the tokenizer uses. Other presets: dense,
-share, moe_hard, mot, with the keys of [model] that they have.
+The first takes a model as it is: Qwen2, Qwen3, Llama, Qwen3-MoE, Mixtral, the language model of Uni-MoE with its LoRA,
+the original Uni-X (x, hard MoE, MoT), an export of ours. Experts may lie one by one or fused, as transformers holds
+them; tools/upcycle.py makes experts of a dense checkpoint.
+
+The second makes a stock model the start of one with images: text keeps its weights and logits, vision gets copies of
+them or weights that are drawn, new rows are the mean of the rows that the tokenizer uses. Other presets: dense, share,
+moe_hard, mot, with the keys of [model] that they have, and moe for a model that has routed experts.
 
 Prints what becomes of every tensor; layers that fare alike share a line. The checkpoint starts a run:
 
@@ -64,7 +67,7 @@ def _parser() -> Parser:
     parser.add_argument("--verbose", action="store_true", help="a line per tensor, not per kind of tensor")
     parser.add_argument("--seed", type=int, default=1, help="of the weights that are drawn (default: 1)")
     start = parser.add_argument_group("start of a model with images: keys of [model]")
-    start.add_argument("--preset", help="unix, share, moe_hard, mot or dense")
+    start.add_argument("--preset", help="unix, share, moe_hard, mot or dense; moe if FOLDER has routed experts")
     start.add_argument("--codebook", type=int, help="number of VQ codes")
     start.add_argument("--init-vision", help="text: copies of text's weights; random: drawn (default: random)")
     start.add_argument("--encode-layers", type=int, help="unix, share: split layers at the bottom")

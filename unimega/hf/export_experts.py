@@ -86,6 +86,11 @@ def unimoe_fields(spec: ModelSpec, experts: ExpertSpec, common: Fields, old: Map
 
 def code_fields(spec: ModelSpec, experts: ExpertSpec, old: Mapping[str, Any]) -> Fields:
     """The same for our modelling file."""
+    if len(spec.modalities) > 2:
+        raise CheckpointError(
+            f"the model has {len(spec.modalities)} modalities, {', '.join(spec.modalities)}. One with sets of experts, "
+            "groups or shared experts is exported with at most two, text and vision."
+        )
     return _sizes(spec, experts, old) | {
         "variant": "routed",
         "router_score": experts.score,
@@ -99,13 +104,23 @@ def code_fields(spec: ModelSpec, experts: ExpertSpec, old: Mapping[str, Any]) ->
     }
 
 
-def model_keys(config: Mapping[str, Any], names: tuple[str, ...]) -> Fields:
+def model_keys(config: Mapping[str, Any], names: tuple[str, ...], *, where: str) -> Fields:
     """``[model]`` keys that ``code_fields`` was written from, beside those of a Qwen3-MoE.
 
     Args:
         config: of our export.
         names: of the modalities.
+        where: the file, for errors.
+
+    Raises:
+        CheckpointError: a field is missing, or sets of experts are not those of the modalities.
     """
+    missing = [name for name in _OWN if name not in config]
+    if missing:
+        raise CheckpointError(f"{where}: {missing[0]!r} is missing. Is it a config.json of export_hf.py?")
+    sets = config["expert_sets"]
+    if sets and not (isinstance(sets, list) and len(sets) == len(names) and all(isinstance(one, list) for one in sets)):
+        raise CheckpointError(f"{where}: expert_sets={sets!r} is not a list of experts for each of {', '.join(names)}.")
     keys: Fields = {
         "preset": "moe",
         "router_score": config["router_score"],
@@ -117,11 +132,21 @@ def model_keys(config: Mapping[str, Any], names: tuple[str, ...]) -> Fields:
     }
     if config["router_bias"]:
         keys["bias_rate"] = _BIAS_RATE
-    if config["expert_sets"]:
-        keys["expert_sets"] = {name: tuple(one) for name, one in zip(names, config["expert_sets"], strict=True)}
+    if sets:
+        keys["expert_sets"] = {name: tuple(one) for name, one in zip(names, sets, strict=True)}
     return keys
 
 
+_OWN = (
+    "router_score",
+    "routed_scaling_factor",
+    "n_group",
+    "topk_group",
+    "router_bias",
+    "expert_sets",
+    "shared_expert_intermediate_size",
+    "shared_expert_gate",
+)
 _BIAS_RATE = 0.001
 """DeepSeek-V3's; an export does not say how fast its bias moved."""
 

@@ -75,7 +75,8 @@ def describe(config: Mapping[str, Any], *, folder: Path, separator_ids: Sequence
         layout = Layout(family=family)  # type: ignore[arg-type]
     elif family == "uni_x" and config["variant"] == "routed":
         keys |= _codes(config, where=where)
-        keys |= export_experts.model_keys(config, ("text", "vision") if keys["codebook"] else ("text",))
+        names = ("text", "vision") if keys["codebook"] else ("text",)
+        keys |= export_experts.model_keys(config, names, where=where)
     elif family == "uni_x":
         family = config["variant"]
         keys |= _codes(config, where=where) | _VARIANTS[family](config, where=where)

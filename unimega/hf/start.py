@@ -74,7 +74,7 @@ def describe_start(
         DataError: the tokenizer cannot be used.
     """
     base = describe(config, folder=folder)
-    if base.layout.family not in ("qwen", "mixtral"):
+    if base.layout.family not in ("qwen", "mixtral", "unimoe"):
         raise CheckpointError(
             f"--preset={keys['preset']!r}: {str(folder)!r} holds a {base.architecture}, split already. "
             "Leave out --preset and what belongs to it."
@@ -92,7 +92,7 @@ def describe_start(
     copies_text = model.init_vision == "text"
     model = replace(model, init_vision="random")  # of a run without a checkpoint to start from
     text_rows, old_rows = base.model.vision_offset, base.spec.vocabulary.rows
-    layout = base.layout if model.preset == base.model.preset else _layout(model)
+    layout = base.layout if model.preset in expert_keys.PRESETS else _layout(model)
     source = Source(model=model, spec=model_spec(model), layout=layout, architecture=base.architecture)
     return Start(
         source=source,
