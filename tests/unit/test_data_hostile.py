@@ -180,6 +180,22 @@ HOSTILE = {
         lambda p: _sidecar(p, lambda v: v["sources"].append({"path": "b", "first_document": -1})),
         r"a\.json: not a sidecar .*sources\[1\] has path='b', first=-1",
     ),
+    "sidecar with a number for the tokens": (
+        lambda p: _sidecar(p, lambda v: v["counts"].update(tokens=5)),
+        r"a\.json: not a sidecar .*counts\.tokens=5 is not a table of whole numbers",
+    ),
+    "sidecar with a text for an id": (
+        lambda p: _sidecar(p, lambda v: v["tokenizer"]["special"].update(eos="x")),
+        r"a\.json: not a sidecar .*tokenizer\.special\.eos='x' is no id",
+    ),
+    "sidecar with a number for the tokenizer's path": (
+        lambda p: _sidecar(p, lambda v: v["tokenizer"].update(path=7)),
+        r"a\.json: not a sidecar .*tokenizer\.path=7 is not a string",
+    ),
+    "sidecar with a source beyond 64 bits": (
+        lambda p: _sidecar(p, lambda v: v["sources"].append({"path": "b", "first_document": 1 << 63})),
+        r"a\.json: not a sidecar .*sources\[1\] has path='b', first=9223372036854775808",
+    ),
     "sidecar with a text for a source's documents": (
         lambda p: _sidecar(p, lambda v: v["sources"][0].update(documents="x")),
         r"a\.json: not a sidecar .*sources\[0\]\.documents='x' is not a whole number",

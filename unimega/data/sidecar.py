@@ -25,6 +25,11 @@ _ENTRIES = {
     "idx.crc32": _SUM,
     "sources": "a list",
 }
+_OPTIONAL = {
+    "tokenizer.path": _NAME,
+    "counts.tokens": "a table of whole numbers",
+    "counts.text_documents_with_eos": _COUNT,
+}
 _DIRECTIONS = ("both", "t2i", "i2t")
 
 
@@ -53,6 +58,11 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
         )
     for key, kind in _ENTRIES.items():
         _check_entry(path, sidecar, key, kind)
+    for key, kind in _OPTIONAL.items():
+        table, name = key.split(".")
+        if name in sidecar[table]:
+            _check_entry(path, sidecar, key, kind)
+    _check_special(path, sidecar["tokenizer"]["special"])
     _check_sums(path, sidecar["bin"])
     _check_sources(path, sidecar["sources"])
     return sidecar
@@ -69,15 +79,28 @@ def _check_entry(path: Path, sidecar: dict[str, Any], key: str, kind: str) -> No
 
 
 def _is(value: Any, kind: str) -> bool:
-    whole = type(value) is int and value >= 0
+    whole = _is_count(value)
     return {
         _COUNT: whole,
         _NAME: isinstance(value, str),
         _SUM: isinstance(value, str) and len(value) == 8,
         "a table": isinstance(value, dict),
+        "a table of whole numbers": isinstance(value, dict) and all(map(_is_count, value.values())),
         "a list": isinstance(value, list),
         "a whole number or null": whole or value is None,
     }[kind]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _check_special(path: Path, special: dict[str, Any]) -> None:
+    """Each is an id, a list of ids, or null."""
+    for name, value in special.items():
+        for one in value if isinstance(value, list) else [value]:
+            if value is not None and not _is_count(one):
+                raise _refusal(path, f"tokenizer.special.{name}={value!r:.60} is no id")
 
 
 def _check_sums(path: Path, entry: dict[str, Any]) -> None:
