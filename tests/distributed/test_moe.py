@@ -7,10 +7,15 @@ import torch
 
 from tests import moe
 from tests.distributed.harness import run_dist
+from tests.distributed.test_moe_dispatch import shard
 from tests.tolerances import PARITY_FP32, relative_error
 from unimega.config.experts import ExpertSpec
 from unimega.config.schema import ParallelConfig
+from unimega.moe.layer import MoE
 from unimega.parallel import groups
+from unimega.parallel.experts import ExpertLayout
+from unimega.parallel.groups import Groups
+from unimega.parallel.linear import Layout
 
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec  # isort: skip  (after unimega.parallel)
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # isort: skip
@@ -50,8 +55,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def megatron_layer(options: dict[str, Any], collection: Any) -> torch.nn.Module:
+def megatron_layer(options: dict[str, Any], mesh: Groups) -> torch.nn.Module:
     config = TransformerConfig(
+        expert_model_parallel_size=mesh.ep.size(),
         num_layers=1,
         hidden_size=moe.WIDTH,
         num_attention_heads=4,
@@ -68,7 +74,7 @@ def megatron_layer(options: dict[str, Any], collection: Any) -> torch.nn.Module:
         },
     )
     spec = get_moe_module_spec(use_te=False, num_experts=8, moe_grouped_gemm=False)
-    layer = build_module(spec, config=config, layer_number=1, pg_collection=collection)
+    layer = build_module(spec, config=config, layer_number=1, pg_collection=mesh.collection)
     layer.set_layer_number(1)
     return layer
 
@@ -82,25 +88,31 @@ def theirs(layer: torch.nn.Module, of: str, value: Any) -> torch.Tensor:
     return value(layer.router.weight if name is None else getattr(layer.shared_experts, name).weight)
 
 
-def beside_megatron(case: str) -> dict[str, float]:
-    """Relative differences of output and gradients."""
+def beside_megatron(case: str, ep: int) -> dict[str, float]:
+    """Relative differences of this rank's output and gradients."""
     mine, options = CASES[case]
-    mesh = groups.initialize(ParallelConfig())
+    mesh = groups.initialize(ParallelConfig(ep=ep))
     MoEAuxLossAutoScaler.main_loss_backward_scale = None  # another test may have left its own
-    layer = megatron_layer(options, mesh.collection)
-    made = moe.make(ExpertSpec(**{**BASE, **mine}), vocabulary=moe.models.ONE)
+    layer = megatron_layer(options, mesh)
+    spec = ExpertSpec(**{**BASE, **mine})
+    build = moe.build(
+        moe.models.ONE, layout=Layout(mesh.tp, False), experts=ExpertLayout(mesh.ep, mesh.etp, "alltoall")
+    )
+    made = MoE(build, spec)
     with torch.no_grad():
-        for name, values in made.named_parameters():
-            for expert in range(8) if name.startswith("experts.") else [None]:
+        whole = moe.make(spec, vocabulary=moe.models.ONE)
+        for (name, values), other in zip(made.named_parameters(), whole.parameters(), strict=True):
+            values.copy_(shard(name, other, mesh))
+            for expert in range(8 // ep) if name.startswith("experts.") else [None]:
                 part = slice(None) if expert is None else expert
                 target = theirs_parameter(layer, name, expert)
                 target.copy_(values[part])
         if made.router.bias is not None:
             made.router.bias.copy_(torch.linspace(-0.2, 0.2, 8))
             layer.router.expert_bias.copy_(made.router.bias)
-    call = moe.call(50)
-    got = moe.gradients(made, moe.tokens(call.order), call)
-    x = moe.tokens(call.order)
+    call, seed = moe.call(50 - 16 * mesh.ep.rank()), mesh.ep.rank()
+    got = moe.gradients(made, moe.tokens(call.order, seed), call)
+    x = moe.tokens(call.order, seed)
     output = layer(x[:, None])[0][:, 0]
     output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(2)))
     want = {"output": output, "x": x.grad}
@@ -117,9 +129,21 @@ def theirs_parameter(layer: torch.nn.Module, of: str, expert: int | None) -> tor
 
 @pytest.mark.parametrize("case", CASES)
 def test_megatrons_own_layer(case: str) -> None:
-    errors = run_dist(beside_megatron, world=1, args=(case,))[0]
+    errors = run_dist(beside_megatron, world=1, args=(case, 1))[0]
     assert len(errors) >= 5
     assert max(errors.values()) < PARITY_FP32, errors
+
+
+def all_beside_megatron() -> dict[str, dict[str, float]]:
+    torch.set_num_threads(1)
+    return {case: beside_megatron(case, 2) for case in CASES}
+
+
+def test_megatrons_own_layer_over_ep() -> None:
+    """Both send rows to their experts by all-to-all, 50 tokens of one rank and 34 of the other."""
+    for results in run_dist(all_beside_megatron, world=2):
+        for case, errors in results.items():
+            assert len(errors) >= 5 and max(errors.values()) < PARITY_FP32, (case, errors)
 
 
 COUNTS = ((12, 0), (20, 28))
