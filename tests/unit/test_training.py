@@ -62,6 +62,11 @@ def test_edges_of_the_schedules() -> None:
         assert rates == sorted(rates, reverse=True) and min(rates) >= 0.1
 
 
+def test_a_share_of_the_run_is_no_step_more_for_its_rounding() -> None:
+    optimizer = OptimizerConfig(lr=1.0, min_lr=0.3, schedule="wsd", decay_share=0.07)
+    assert [learning_rate(step, 100, optimizer) for step in (93, 94)] == pytest.approx([1.0, 0.9])
+
+
 def test_flops_are_six_per_weight_and_token_plus_attention() -> None:
     model = PRESETS["unix"]
     batch = microbatch(model, "mixed", 1)

@@ -16,7 +16,8 @@ def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:
         return high * (step + 1) / warmup
     if optimizer.schedule == "constant":
         return high
-    start = warmup if optimizer.schedule != "wsd" else max(warmup, steps - math.ceil(optimizer.decay_share * steps))
+    falling = math.ceil(round(optimizer.decay_share * steps, 6))  # 0.07 of 100 steps is 7.000000000000001 otherwise
+    start = warmup if optimizer.schedule != "wsd" else max(warmup, steps - falling)
     progress = min(1.0, max(0, step - start) / max(1, steps - start))
     fall = 0.5 + 0.5 * math.cos(math.pi * progress) if optimizer.schedule == "cosine" else 1 - progress
     return low + (high - low) * fall
