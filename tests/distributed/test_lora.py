@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests import models
+from tests.distributed import runs
 from tests.distributed.harness import run_dist
 from tests.distributed.test_parity import fill
 from tests.tolerances import PARITY_BF16, PARITY_FP32, relative_error
@@ -345,3 +346,32 @@ def test_bf16_keeps_fp32_main_gradients(parallel: ParallelConfig) -> None:
     for key, values in want["gradients"].items():
         assert values.dtype == torch.float32
         assert relative_error(got["gradients"][key], values) <= PARITY_BF16, key
+
+
+@pytest.mark.slow
+def test_a_run_trains_factors_on_what_another_left(tmp_path: Path) -> None:
+    """As the command does: a run without LoRA, one with it that starts there and goes on; the base stays as it was."""
+    from unimega.hf.stored import StoredWeights
+
+    first = runs.make(tmp_path)
+    other = {"directory": str(tmp_path / "lora"), "initial": first.checkpoint.directory, "every_steps": 0}
+    sections: dict[str, Any] = {
+        "model": {"lora": {"rank": 4, "dropout": 0.1}},
+        "checkpoint": other,
+        "logging": {"directory": str(tmp_path / "lora logs")},
+    }
+    short, whole = (
+        runs.make(tmp_path, **sections, training={"steps": steps, "trainable": ["*lora*"]}) for steps in (4, 6)
+    )
+    assert run_dist(runs.train, args=(first,), world=1) == [""]
+    assert run_dist(runs.train, args=(short,), world=1) == [""]
+    assert run_dist(runs.train, args=(whole,), world=2) == [""] * 2
+    assert [one["step"] for one in runs.records(whole) if "loss" in one][-1] == 6
+    old, new = (StoredWeights(Path(run.checkpoint.directory) / "step-00000006") for run in (first, whole))
+    factors = {key for key in new.shapes if ".lora_" in key}
+    assert factors and new.shapes.keys() - factors == old.shapes.keys()
+    assert all(torch.equal(new.read([key])[key], old.read([key])[key]) for key in old.shapes)
+    assert all(new.read([key])[key].any() for key in factors)
+    wrong = runs.make(tmp_path, **{**sections, "model": {"lora": {"rank": 2}}}, training={"steps": 8})
+    (line,) = run_dist(runs.train, args=(wrong,), world=1)
+    assert "model.lora.rank was 4, is 2" in line
