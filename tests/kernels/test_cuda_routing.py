@@ -62,6 +62,16 @@ def test_the_library_holds_code_for_every_generation(built: Path) -> None:
         assert f"-arch sm_{architecture} ".encode() in image
 
 
+def test_nothing_spills(built: Path) -> None:
+    reader = (
+        shutil.which("cuobjdump") or pytest.importorskip("tests.kernels.compile_all").CUOBJDUMP
+    )  # Triton brings one
+    usage = subprocess.run([reader, "-res-usage", str(built)], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert len(found) >= 3 * len(ARCHITECTURES)
+    assert {(stack, local) for _, stack, local in found} == {("0", "0")}
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU: tests/gpu runs the kernels")
 def test_without_a_driver_a_call_is_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "PLACES", (built,))
