@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.config_cases import QWEN3, ROOT, base, enter_empty_folder, line_of
+from tests.unit.test_config_experts import LORA, ON_RANKS
 from tests.unit.test_config_experts import RULES as OF_EXPERTS
 from tests.unit.test_config_rules import RULES
 from unimega.config import loader
@@ -70,7 +71,7 @@ IN_FILE = [
     ),
     (
         {"training": {"recompute": True}},
-        "run.toml: 'training.recompute' wants one of 'none', 'selective', 'full', found True (bool).",
+        "run.toml: 'training.recompute' wants one of 'none', 'selective', 'moe', 'full', found True (bool).",
     ),
     (
         {"checkpoint": {"optimizer": "slow"}},
@@ -222,7 +223,18 @@ def test_every_error_text_is_in_a_table_above(name):
     of_hf_config = [
         "model.preset='dense' has no routed experts, but model.hf_config='a' describes 6 of them. Use preset moe."
     ]
-    tables = (IN_FILE, RULES, OF_EXPERTS, [of_hf_config], ON_COMMAND_LINE, NO_FILE, UNREADABLE, HUGGING_FACE)
+    tables = (
+        IN_FILE,
+        RULES,
+        OF_EXPERTS,
+        ON_RANKS,
+        LORA,
+        [of_hf_config],
+        ON_COMMAND_LINE,
+        NO_FILE,
+        UNREADABLE,
+        HUGGING_FACE,
+    )
     lines = [row[-1] for table in tables for row in table]
     tree = ast.parse((ROOT / "unimega" / "config" / f"{name}.py").read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "ConfigError"]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.config_cases import DENSE, MODEL, MOE, QWEN3, base, enter_empty_folder, line_of, run
@@ -109,6 +109,49 @@ RULES = [
 ]
 
 
+ON_RANKS = [
+    ({"tp": 2, "etp": 4}, {}, "parallel.etp=4 is neither 1 nor parallel.tp=2. Set it to one of the two."),
+    (
+        {"ep": 3},
+        {},
+        "parallel.ep=3 * etp=1 = 3 does not divide the 8 rank(s) of a pipeline stage (dp=8 * tp=1). Pick an ep that "
+        "divides 8.",
+    ),
+    (
+        {"ep": 4, "tp": 2, "etp": 2, "pp": 2},
+        {},
+        "parallel.ep=4 * etp=2 = 8 does not divide the 4 rank(s) of a pipeline stage (dp=2 * tp=2). Pick an ep that "
+        "divides 2.",
+    ),
+    ({"ep": 8}, {"experts": 12}, "parallel.ep=8 does not divide the 12 experts of layer 0. Pick a divisor."),
+    (
+        {"tp": 2, "etp": 2},
+        {"expert_width": 9},
+        "FFN width 9 of the experts of layer 0 is not divisible by parallel.etp=2. Pick a divisor.",
+    ),
+    (
+        {"tp": 2},
+        {"shared_expert_width": 9},
+        "shared FFN width 9 of the experts of layer 0 is not divisible by parallel.tp=2. Pick a divisor.",
+    ),
+]
+LORA = [
+    ({"rank": -1}, "model.lora.rank=-1 is negative. It is at least 1, or 0 for no factors."),
+    ({"alpha": 8}, "model.lora.alpha=8.0 without factors: model.lora.rank is 0. Set a rank."),
+    ({"rank": 4, "alpha": 0}, "model.lora.alpha=0.0 is too small. It is above 0."),
+    ({"rank": 4, "dropout": 1}, "model.lora.dropout=1.0 is no share. It is at least 0 and below 1."),
+    (
+        {"rank": 4, "match": []},
+        "model.lora.match is empty: no linear would have factors. Name some, or set rank to 0.",
+    ),
+    (
+        {"rank": 4, "match": ["*.router*"]},
+        "model.lora.match='*.router*' matches no linear. Linears: layers.*.attention.qkv, layers.*.attention.output, "
+        "layers.*.ffn.experts.gate_up, layers.*.ffn.experts.down.",
+    ),
+]
+
+
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     enter_empty_folder(tmp_path, monkeypatch)
@@ -117,6 +160,17 @@ def in_empty_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("model", "line"), RULES)
 def test_what_experts_cannot_be(model, line):
     assert line_of(base(model=model)) == line
+
+
+@pytest.mark.parametrize(("parallel", "model", "line"), ON_RANKS)
+def test_ranks_that_cannot_share_experts(parallel, model, line, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert line_of(base(model={**MOE, **model}, parallel=parallel)) == line
+
+
+@pytest.mark.parametrize(("lora", "line"), LORA)
+def test_what_factors_cannot_be(lora, line):
+    assert line_of(base(model={**MOE, "lora": lora})) == line
 
 
 def experts_of(**keys: object) -> ExpertSpec:
@@ -173,6 +227,7 @@ KEYS_DRAWN = st.fixed_dictionaries(
 )
 
 
+@settings(max_examples=50)
 @given(KEYS_DRAWN)
 def test_whatever_the_keys_are_they_make_layers_or_one_line(keys):
     given_keys = {key: value for key, value in {**MODEL, **DENSE, **keys}.items() if value is not None}
