@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.sync_guard import METHODS, MOVES, HostSync, forbid_syncs
+from unimega import backend
 from unimega.backend import redirection
 
 ONE = torch.ones(1, dtype=torch.long)
@@ -126,6 +127,18 @@ def test_catches(place: Callable[..., torch.Tensor], recompute: str, start: Call
 def test_lets_through(harmless: Callable[[torch.Tensor], object]) -> None:
     with forbid_syncs():
         harmless(torch.arange(4.0))
+
+
+def test_what_may_read_is_told_apart_by_its_place() -> None:
+    """The copy that the all-to-all of rows waits for; what it brought cannot be read by anyone else."""
+    values = torch.tensor([[3, 0], [1, 2]])
+    with forbid_syncs() as allowed:
+        copy = backend.current().to_host(values)
+        assert not allowed
+        assert copy.read() == [[3, 0], [1, 2]]
+        assert allowed == ["unimega.backend.base.HostCopy.read"]
+        with pytest.raises(HostSync):
+            copy._values.tolist()
 
 
 def test_leaves_no_trace() -> None:
