@@ -1,9 +1,10 @@
 """python benchmarks/bench_routing.py: the k best experts of each token, and the order of slots by expert.
 
-Two ops. ``topk_routing`` in fp32 against softmax, topk and division. ``expert_order`` from given ids, without
+Three ops. ``topk_routing`` in fp32 against softmax, topk and division. ``expert_order`` from given ids, without
 gradients, against what others sort to permute tokens: the ids as int64 (torchtitan and others), and the map of E x T
 booleans of megatron-core, sorted for experts of a fixed capacity (``argsort``) and else read by ``masked_select``.
-Theirs gives the tokens of each expert alone, ours also the inverse and the offsets.
+Theirs gives the tokens of each expert alone, ours also the inverse and the offsets. ``route`` is both, against eager
+torch that makes all of these.
 """
 
 from collections.abc import Iterator
@@ -50,6 +51,42 @@ def routing_job(tokens: int, experts: int, k: int) -> Job:
     )
 
 
+def route_job(tokens: int, experts: int, k: int) -> Job:
+    """``route``: logits in, weights and order out; what a layer does before it moves a row."""
+    made, absent = ours("route")
+    choose = eager(k)
+
+    def plain(logits: torch.Tensor) -> Tensors:
+        weights, chosen = choose(logits)
+        ids, source = chosen.flatten().sort(stable=True)
+        ends = torch.searchsorted(ids, torch.arange(experts, dtype=ids.dtype, device=ids.device), right=True)
+        place = torch.empty_like(source).scatter_(0, source, torch.arange(len(source), device=ids.device))
+        return weights, source.int(), place.int(), ends.int()
+
+    def unimega(op: Any) -> Function:
+        def call(t: Tensors) -> Tensors:
+            weights, _, order = op(t[0], k=k)
+            return weights, order.source, order.place.flatten(), order.offsets[1:]
+
+        return call
+
+    fused = compiled(plain)
+    moved = tokens * (experts * 4 + 16 * k)
+    return Job(
+        "route",
+        {"T": tokens, "E": experts, "K": k},
+        lambda: (noise(tokens, experts, dtype=torch.float32),),
+        {name: unimega(op) for name, op in made.items()}
+        | {"torch": lambda t: plain(t[0]), "torch.compile": lambda t: fused(t[0])},
+        Floor(moved),
+        Floor(moved),
+        torch.float32,
+        absent,
+        tolerance=1e-4,
+        passes=("forward",),
+    )
+
+
 def order_leaves(tokens: int, experts: int, k: int) -> Tensors:
     """Ids of k different experts a token: int32 [T, K], int64 [T K], and booleans [T, E]."""
     ids = noise(tokens, experts, dtype=torch.float32, grad=False).topk(k).indices
@@ -89,10 +126,11 @@ def order_job(tokens: int, experts: int, k: int) -> Job:
 
 
 def jobs(sizes: str, dtype: torch.dtype) -> Iterator[Job]:
-    """Both ops at each shape; in fp32 whatever ``dtype``."""
+    """All ops at each shape; in fp32 whatever ``dtype``."""
     for tokens, experts, k in SHAPES[sizes]:
         yield order_job(tokens, experts, k)
         yield routing_job(tokens, experts, k)
+        yield route_job(tokens, experts, k)
 
 
 if __name__ == "__main__":
