@@ -79,9 +79,9 @@ QUICK = [
     ("one rank", "ep 2 x pp 2", "reshardable"),
     ("ep 2, expert-dp 2", "ep 2, expert-dp 2", "reshardable"),
     ("ep 2, expert-dp 2", "tp 2, etp 2", "reshardable"),
-    ("tp 2, etp 2", "one rank", "reshardable"),
 ]
 MORE = [
+    ("tp 2, etp 2", "one rank", "reshardable"),
     ("ep 2 x tp 2 + sp, etp 2", "ep 2 x tp 2 + sp, etp 2", "fast"),
     ("ep 2 x tp 2 + sp, etp 2", "ep 4", "reshardable"),
     ("ep 2 x pp 2", "ep 2, expert-dp 2", "reshardable"),

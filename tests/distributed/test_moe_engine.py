@@ -48,31 +48,32 @@ class Case:
 IMAGE = ("image",) * 4
 FEW = ("layers.3.*.experts.*", "layers.0.*.router.*")
 QUICK = [
-    *(Case(f"one rank, {kind} recompute", recompute=kind) for kind in ("selective", "moe", "full")),
-    Case("dp 2", 2, ParallelConfig()),
+    *(Case(f"one rank, {kind} recompute", recompute=kind) for kind in ("moe", "full")),
     Case("ep 2", 2, ParallelConfig(ep=2)),
     Case("ep 2, all-gather", 2, ParallelConfig(ep=2, dispatch="allgather")),
-    Case("ep 2, all image", 2, ParallelConfig(ep=2), kinds=IMAGE),
-    Case("tp 2", 2, ParallelConfig(tp=2)),
     Case("tp 2, ep 2", 2, ParallelConfig(tp=2, ep=2)),
     Case("tp 2 + sp, ep 2, moe recompute", 2, ParallelConfig(**SP, ep=2), "moe"),
     Case("tp 2, etp 2", 2, ParallelConfig(tp=2, etp=2)),
     Case("pp 2", 2, ParallelConfig(pp=2), "moe"),
     Case("ep 4", 4, ParallelConfig(ep=4)),
     Case("ep 2 x tp 2 + sp", 4, ParallelConfig(**SP, ep=2)),
-    Case("ep 2 x tp 2, etp 2", 4, ParallelConfig(tp=2, ep=2, etp=2)),
-    Case("ep 2 x pp 2, few trained", 4, ParallelConfig(pp=2, ep=2), trainable=FEW),
     Case("ep 2 x pp 2", 4, ParallelConfig(pp=2, ep=2)),
 ]
 MORE = [
+    Case("one rank, selective recompute", recompute="selective"),
+    Case("dp 2", 2, ParallelConfig()),
+    Case("tp 2", 2, ParallelConfig(tp=2)),
     Case("tp 2 + sp, etp 2", 2, ParallelConfig(**SP, etp=2), "selective"),
     Case("pp 2 interleaved", 2, ParallelConfig(pp=2, vpp=2)),
     Case("ep 2, few trained, full recompute", 2, ParallelConfig(ep=2), "full", trainable=FEW),
+    Case("ep 2, all image", 2, ParallelConfig(ep=2), kinds=IMAGE),
     Case("tp 2 + sp, ep 2, all image", 2, ParallelConfig(**SP, ep=2), kinds=IMAGE),
     Case("ep 2, expert-dp 2", 4, ParallelConfig(ep=2), "full"),
     Case("ep 2 x tp 2", 4, ParallelConfig(tp=2, ep=2)),
+    Case("ep 2 x tp 2, etp 2", 4, ParallelConfig(tp=2, ep=2, etp=2)),
     Case("ep 2 x tp 2 + sp, etp 2, all-gather", 4, ParallelConfig(**SP, ep=2, etp=2, dispatch="allgather")),
     Case("ep 4 x tp 2 + sp, moe recompute", 4, ParallelConfig(**SP, ep=4), "moe"),
+    Case("ep 2 x pp 2, few trained", 4, ParallelConfig(pp=2, ep=2), trainable=FEW),
 ]
 BF16 = Case("ep 2, bf16", 2, ParallelConfig(ep=2), precision="bf16")
 
