@@ -297,7 +297,27 @@ def test_models_without_an_export() -> None:
     assert "layers.1 of the model is LayerSpec(" in said(models.spec(odd))
     assert "--format='qwen3' cannot hold this model: modalities have weights" in said(SPECS["unix"], "qwen3")
     assert "qkv_bias=true, output_bias=false. Use --format qwen2" in said(SPECS["dense"], "llama")
-    assert "--format='gguf' is unknown. Formats: auto, uni_x, qwen2, qwen3, llama" in said(SPECS["dense"], "gguf")
+    assert "--format='gguf' is unknown. Formats: auto, uni_x, unimoe, qwen2, qwen3, llama, qwen3_moe" in said(
+        SPECS["dense"], "gguf"
+    )
+
+    routed = SPECS["routed, as DeepSeek-V3"]
+    assert "--format='qwen3' cannot hold this model: it has routed experts. Use --format mixtral" in said(
+        SPECS["mixtral"], "qwen3"
+    )
+    assert "--format='mixtral' cannot hold this model: it has no routed experts. Use --format qwen3" in said(
+        SPECS["one modality"], "mixtral"
+    )
+    assert "cannot hold this model: sigmoid scores and a scale and groups of experts and a bias of" in said(
+        routed, "qwen3_moe"
+    )
+    assert "--format='unimoe' cannot hold this model: qk_norm=true, " in said(SPECS["qwen3_moe"], "unimoe")
+    others = replace(routed.layers[1], experts=replace(routed.layers[1].experts, top_k=1))
+    differ = replace(routed, layers=(*routed.layers, others))
+    assert "layers.2 of the model is LayerSpec(" in said(differ)
+    assert "has 3 modalities, text, vision, audio. One with sets of experts" in said(
+        replace(routed, vocabulary=models.THREE)
+    )
 
 
 def test_a_stock_model_as_uni_x(export_folder: Path, out: Path, engine_logits: Any, tmp_path: Path) -> None:

@@ -112,6 +112,9 @@ def _model_type(spec: ModelSpec, format: str) -> str:
         raise CheckpointError(f"--format={format!r} is unknown. Formats: {', '.join(FORMATS)}.")
     stock, why = _stock(spec)
     if format in STOCK and format != stock:
+        has, wants = export_experts.experts_of(spec) is not None, format in export_experts.STOCK
+        if has != wants:
+            why = "it has routed experts" if has else "it has no routed experts"
         raise CheckpointError(f"--format={format!r} cannot hold this model: {why}. Use --format {stock or UNI_X}.")
     if format == UNIMOE:
         _check_unimoe(spec, stock, why)
