@@ -9,8 +9,12 @@ import torch
 from tests.distributed.harness import run_dist
 from tests.models import PRESETS, microbatch
 from tests.tolerances import PARITY_FP32, relative_error
+from unimega.config.experts import ExpertSpec
+from unimega.config.layer import moe
 from unimega.config.schema import OptimizerConfig, ParallelConfig
 from unimega.kernels import availability, registry
+
+EXPERTS = moe((True,), experts=ExpertSpec(number=5, width=6, top_k=2, shared_width=4), ffn=8)
 
 
 def step(
@@ -24,8 +28,9 @@ def step(
     rows = {op: {impl.name for impl in registry.implementations(op)} for op in registry.ops()}
     chosen = {op: implementation for op, names in rows.items() if implementation in names}
     parallel = ParallelConfig(overlap=False, tp=tp, sequence_parallel=tp > 1)
+    spec = replace(PRESETS["dense"], layers=EXPERTS) if name == "moe" else PRESETS[name]
     engine = Engine(
-        replace(PRESETS[name], layers=PRESETS[name].layers[:layers]),
+        replace(spec, layers=spec.layers[:layers]),
         parallel,
         optimizer_config=OptimizerConfig(lr=1e-2, min_lr=1e-2, eps=1e-3),
         kernels=chosen,
@@ -39,11 +44,12 @@ def step(
 
 @pytest.mark.skipif(os.environ.get(availability.INTERPRET) != "1", reason="the interpreter is off")
 @pytest.mark.skipif(availability.missing("triton") is not None, reason="triton is not installed")
-@pytest.mark.parametrize(("name", "layers", "tp"), [("unix", 2, 1), ("dense", 1, 2)])
+@pytest.mark.parametrize(("name", "layers", "tp"), [("unix", 2, 1), ("dense", 1, 2), ("moe", 1, 1)])
 def test_a_step_on_triton_equals_the_reference(name: str, layers: int, tp: int) -> None:
     loss, norm, parameters, _ = run_dist(step, world=tp, args=(name, layers, "reference", tp))[0]
     mine = run_dist(step, world=tp, args=(name, layers, "triton", tp))[0]
     assert {"attention", "rms_norm", "add_rms_norm", "swiglu", "qkv_prepare", "linear_cross_entropy"} <= {*mine[3]}
+    assert {"topk_routing", "expert_order", "expert_ffn"} <= {*mine[3]}
     assert mine[0] == pytest.approx(loss, rel=PARITY_FP32)
     assert mine[1] == pytest.approx(norm, rel=PARITY_FP32)
     for key, want in parameters.items():
