@@ -162,15 +162,17 @@ class Run:
         return self.step == self.config.training.steps or (every > 0 and self.step % every == 0)
 
     def _describe(self) -> None:
+        parallel = self.config.parallel
         logger.info(
-            "%s on %s, world %d: tp %d, pp %d (vpp %d), dp %d; %d parameters by name; %.1f GFLOP/s at most",
+            "%s on %s, world %d: tp %d, pp %d (vpp %d), dp %d%s; %d parameters by name; %.1f GFLOP/s at most",
             self.config.model.preset,
             self.engine.backend.name,
             dist.get_world_size(),
             self.place.tp,
-            self.config.parallel.pp,
-            self.config.parallel.vpp,
+            parallel.pp,
+            parallel.vpp,
             self.place.dp,
+            f", ep {parallel.ep} (etp {parallel.etp}, {parallel.dispatch})" if parallel.ep * parallel.etp > 1 else "",
             len(self.engine.parameter_names),
             self.peak_flops / 1e9,
         )
