@@ -311,7 +311,7 @@ def dropped(parallel: ParallelConfig, recompute: str, dropout: float = 0.3) -> d
         evaluated = [engine.evaluate(batches(engine, 0))[0] for _ in range(2)]
         engine.forward_backward(batches(engine, 0), whole_gradients=True)
         gradients = engine.gather_gradients()
-        losses = [engine.step(batches(engine, 0), lr=0.0).loss for _ in range(2)]
+        losses = [engine.step(batches(engine, 0), lr=lr).loss for lr in (0.0, OPTIMIZER.lr)]
         engine.check_replicas()
         return {"evaluated": evaluated, "gradients": gradients, "losses": losses}
     finally:

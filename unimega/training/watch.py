@@ -32,6 +32,7 @@ PLACES = (
     ("megatron/core/optimizer/clip_grads", "", "the gradient norm"),
     ("megatron/core/tensor_parallel/", "", "an exchange between tensor-parallel ranks"),
     ("unimega/parallel/linear", "", "an exchange between tensor-parallel ranks"),
+    ("unimega/parallel/lora", "", "an exchange between tensor-parallel ranks"),
     ("unimega/parallel/vocabulary", "", "an exchange between tensor-parallel ranks"),
     ("unimega/parallel/replicas", "", "the comparison of replicas"),
     ("unimega/parallel/agreement", "check_equal", "the comparison of what the ranks were told to do"),
