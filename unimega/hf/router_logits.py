@@ -92,4 +92,4 @@ def balance_loss(logits: np.ndarray, is_token: np.ndarray, *, top_k: int) -> np.
     experts = scores.shape[1]
     chosen = scores.topk(top_k, dim=1).indices.flatten().bincount(minlength=experts).float()
     loss = experts * (chosen / len(scores) * scores.mean(dim=0)).sum()
-    return np.asarray(loss.item(), dtype=np.float32)
+    return loss.numpy()
