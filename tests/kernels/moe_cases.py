@@ -303,6 +303,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         *(unpermute_case(kind, 13, 3, 7, 20) for kind in KINDS),
         unpermute_case("usual", 13, 3, 7, 20, weighted=False, name="no weights"),
         unpermute_case("pads", 13, 3, 7, 20, weighted=False, name="pads, no weights"),
+        unpermute_case("dropped slots", 150, 3, 7, 200, name="several blocks"),
         unpermute_case("usual", 1, 1, 1, 1, name="one row"),
         unpermute_case("pads", 9, 2, 5, 41, name="strided", strided=True),
         unpermute_case("usual", 0, 2, 4, 8, name="no rows"),

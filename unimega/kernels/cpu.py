@@ -16,6 +16,9 @@ from unimega.kernels import permute as definition
 from unimega.kernels.expert_order import ExpertOrder
 from unimega.kernels.precision import widen
 
+_BLOCK_ELEMENTS = 2**16
+"""Of rows that are worked on at a time: two buffers in fp32 stay in a core's cache."""
+
 
 def permute(x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
     """See ``unimega.kernels.permute``."""
@@ -71,14 +74,32 @@ class _Unpermute(torch.autograd.Function):
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, weights)
         if weights is None or weights.dtype == y.dtype:
             return _sum(y, weights, order)
-        return definition.gather(y, weights, order)  # embedding_bag would round the weights to 16 bits
+        return _sum(widen(y), weights, order).to(y.dtype)  # embedding_bag would round the weights to 16 bits
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         y, weights = ctx.saved_tensors
-        dy = definition.spread(dout, weights, ctx.order) if ctx.needs_input_grad[0] else None
-        return dy, None if y is None else definition.weight_grad(dout, y, ctx.order).to(weights.dtype), None
+        order: ExpertOrder = ctx.order
+        if weights is None:
+            return definition.spread(dout, None, order), None, None
+        tokens, chances = order.source // order.place.shape[1], _by_row(weights, order)
+        real, total, width = _borders(order.offsets)[-1], len(tokens), dout.shape[1]
+        dy = dout.new_empty(total, width) if ctx.needs_input_grad[0] else None
+        d_chances = None if y is None else chances.new_zeros(total)
+        step = max(1, _BLOCK_ELEMENTS // max(1, width))
+        buffers = torch.empty(2, min(step, total), width, dtype=chances.dtype)
+        for low in range(0, real, step):
+            rows = slice(low, min(low + step, real))
+            d, product = buffers[:, : rows.stop - low].unbind(0)
+            d.copy_(dout.index_select(0, tokens[rows]))
+            if d_chances is not None:
+                torch.sum(torch.mul(d, y[rows], out=product), dim=1, out=d_chances[rows])
+            if dy is not None:
+                dy[rows] = d.mul_(chances[rows])
+        if dy is not None:
+            dy[real:] = 0.0
+        return dy, None if d_chances is None else _by_slot(d_chances, order).to(weights.dtype), None
 
 
 def _sum(y: torch.Tensor, weights: torch.Tensor | None, order: ExpertOrder) -> torch.Tensor:
