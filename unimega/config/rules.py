@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
-from unimega.config import model_rules, presets
+from unimega.config import expert_ranks, model_rules, presets
 from unimega.config.layer import LayerSpec
 from unimega.config.model import ModelSpec
 from unimega.config.schema import ParallelConfig, RunConfig, TrainingConfig
@@ -31,7 +31,7 @@ def check_parallel(model: ModelSpec, parallel: ParallelConfig, *, world_size: in
     for rule in (_sizes, _not_built, _sequence_parallel, _virtual_stages):
         rule(parallel)
     _world(parallel, world_size)
-    _experts(model, parallel, world_size)
+    expert_ranks.check(model, parallel, world_size=world_size)
     _heads(model, parallel)
     _ffn_widths(model, parallel)
     _skip(model, parallel)
@@ -137,36 +137,6 @@ def _ffn_widths(model: ModelSpec, parallel: ParallelConfig) -> None:
                 f"FFN width {width} of layer {number} is not divisible by parallel.tp={parallel.tp}. "
                 "Pick a tp that divides model.ffn_width and the other FFN widths."
             )
-
-
-def _experts(model: ModelSpec, parallel: ParallelConfig, world_size: int) -> None:
-    """Experts are cut over ep and their widths over etp; both together cut the ranks of a pipeline stage."""
-    ep, etp, tp = parallel.ep, parallel.etp, parallel.tp
-    sparse = [(number, layer.experts) for number, layer in enumerate(model.layers) if layer.experts is not None]
-    for name, size in (("ep", ep), ("etp", etp)):
-        if size > 1 and not sparse:
-            raise ConfigError(
-                f"parallel.{name}={size}: the model has no routed experts to cut. Set parallel.{name} = 1."
-            )
-    if etp not in (1, tp):
-        raise ConfigError(f"parallel.etp={etp} is neither 1 nor parallel.tp={tp}. Set it to one of the two.")
-    ranks = world_size // (parallel.pp * parallel.cp)
-    if ranks % (ep * etp):
-        raise ConfigError(
-            f"parallel.ep={ep} * etp={etp} = {ep * etp} does not divide the {ranks} rank(s) of a pipeline stage "
-            f"(dp={ranks // tp} * tp={tp}). Pick an ep that divides {ranks // etp}."
-        )
-    for number, experts in sparse:
-        if experts.number % ep:
-            raise ConfigError(
-                f"parallel.ep={ep} does not divide the {experts.number} experts of layer {number}. Pick a divisor."
-            )
-        for what, width, size in (("FFN", experts.width, etp), ("shared FFN", experts.shared_width, tp)):
-            if width % size:
-                raise ConfigError(
-                    f"{what} width {width} of the experts of layer {number} is not divisible by "
-                    f"parallel.{'etp' if what == 'FFN' else 'tp'}={size}. Pick a divisor."
-                )
 
 
 def _widths(layers: tuple[LayerSpec, ...]) -> Iterator[tuple[int, int]]:
