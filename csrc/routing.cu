@@ -1,7 +1,7 @@
 // Routing of tokens to experts: the k best of E scores, and where each slot lies in expert-major order.
 //
 // Plain C interface on raw pointers and a stream, no torch headers; built by CMake when UNIMEGA_BUILD=cuda. A route is
-// three launches, without atomics on global memory and without a sync over the grid:
+// three launches, without atomics on global memory and without a sync over the grid; the choice alone is the first:
 //   choose  a warp a token: k times the largest key of the row; how often each block of tokens chose each expert
 //   scan    a warp an expert: running sum of those counts over the blocks
 //   place   a thread a slot: start of its expert + blocks before + slots before it in its block
@@ -320,6 +320,24 @@ bool unfit(int64_t tokens, int experts, int k) {
     return tokens < 1 || experts < 1 || experts > kMaxExperts || k < 1 || k > kMaxK;
 }
 
+// counts: null where nobody needs them.
+cudaError_t choice(const float *logits, const float *bias, int64_t tokens, int64_t rows, const Choice &c, float *weights,
+                   int *chosen, int *counts, cudaStream_t stream) {
+    if (unfit(tokens, c.experts, c.k) || c.k > c.experts || c.groups < 1 || c.experts % c.groups != 0)
+        return cudaErrorInvalidValue;
+    const int blocks = blocks_of(tokens);
+    const size_t shared = c.groups > 1 ? sizeof(float) * kWarps * (c.experts + c.groups) : 0;
+    auto launch = [&](auto kernel) {
+        kernel<<<blocks, kWarps * kLanes, shared, stream>>>(logits, bias, tokens, rows, c, weights, chosen, counts, blocks);
+    };
+    if (c.experts <= 32) launch(choose<1>);
+    else if (c.experts <= 64) launch(choose<2>);
+    else if (c.experts <= 128) launch(choose<4>);
+    else if (c.experts <= 256) launch(choose<8>);
+    else launch(choose<16>);
+    return cudaGetLastError();
+}
+
 }  // namespace
 
 extern "C" {
@@ -338,21 +356,18 @@ int64_t unimega_routing_workspace(int64_t tokens, int experts) {
 int unimega_route(const float *logits, const float *bias, int64_t tokens, int64_t rows, int experts, int k, int sigmoid,
                   int normalize, float scale, int groups, int group_topk, float *weights, int *chosen, int *workspace,
                   int *offsets, int *places, int *source, void *stream) {
-    if (unfit(tokens, experts, k) || k > experts || groups < 1 || experts % groups != 0) return cudaErrorInvalidValue;
     const Choice c{experts, k, groups, group_topk, sigmoid != 0, normalize != 0, scale};
-    const int blocks = blocks_of(tokens);
-    const size_t shared = groups > 1 ? sizeof(float) * kWarps * (experts + groups) : 0;
     auto *s = static_cast<cudaStream_t>(stream);
-    auto launch = [&](auto kernel) {
-        kernel<<<blocks, kWarps * kLanes, shared, s>>>(logits, bias, tokens, rows, c, weights, chosen, workspace, blocks);
-    };
-    if (experts <= 32) launch(choose<1>);
-    else if (experts <= 64) launch(choose<2>);
-    else if (experts <= 128) launch(choose<4>);
-    else if (experts <= 256) launch(choose<8>);
-    else launch(choose<16>);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-    return order(chosen, tokens, experts, k, workspace, offsets, places, source, s);
+    const cudaError_t error = choice(logits, bias, tokens, rows, c, weights, chosen, workspace, s);
+    return error != cudaSuccess ? error : order(chosen, tokens, experts, k, workspace, offsets, places, source, s);
+}
+
+// The k best experts alone: weights and chosen as above. One launch. Returns a cudaError_t.
+int unimega_topk_routing(const float *logits, const float *bias, int64_t tokens, int64_t rows, int experts, int k,
+                         int sigmoid, int normalize, float scale, int groups, int group_topk, float *weights,
+                         int *chosen, void *stream) {
+    const Choice c{experts, k, groups, group_topk, sigmoid != 0, normalize != 0, scale};
+    return choice(logits, bias, tokens, rows, c, weights, chosen, nullptr, static_cast<cudaStream_t>(stream));
 }
 
 // The order of slots whose experts are known. Three launches. Returns a cudaError_t.

@@ -23,7 +23,10 @@ from unimega.kernels.cuda import library, routing
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "routing.cu"
 ARCHITECTURES = ("80", "90", "100")
-FUNCTIONS = {"unimega_route", "unimega_expert_order", "unimega_routing_workspace", "unimega_error"}
+FUNCTIONS = {
+    *("unimega_route", "unimega_topk_routing", "unimega_expert_order"),
+    *("unimega_routing_workspace", "unimega_error"),
+}
 
 
 # Built by nvcc ------------------------------------------------------------------
@@ -128,7 +131,7 @@ def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     library.library.cache_clear()
 
 
-ROWS = {"route": routing.route, "expert_order": routing.expert_order}
+ROWS = {"route": routing.route, "topk_routing": routing.topk_routing, "expert_order": routing.expert_order}
 EVERY = {f"{op}-{case.name}": (op, case) for op in ROWS for case in CASES[op]}
 
 
@@ -176,6 +179,8 @@ class TestLimits:
         for experts, k in ((513, 2), (32, 17)):
             with pytest.raises(KernelUnavailable, match=rf"^experts={experts}, k={k} do not fit the CUDA kernels"):
                 routing.route(torch.zeros(2, experts), k=k)
+            with pytest.raises(KernelUnavailable, match=rf"^experts={experts}, k={k} do not fit the CUDA kernels"):
+                routing.topk_routing(torch.zeros(2, experts), k=k)
             with pytest.raises(KernelUnavailable, match=rf"^experts={experts}, k={k} do not fit the CUDA kernels"):
                 routing.expert_order(torch.zeros(2, k, dtype=torch.int32), experts)
 

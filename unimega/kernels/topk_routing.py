@@ -147,6 +147,7 @@ def _best_compiled(keys: torch.Tensor, k: int) -> torch.Tensor:
 
 registry.declare(
     "topk_routing",
+    registry.cuda("routing:topk_routing"),
     registry.triton("routing:topk_routing"),
     registry.Impl("cpp", f"{__name__}:compiled", frozenset({"cpu"}), helper.why_not),
     registry.npu("topk_routing:topk_routing", "npu_moe_gating_top_k", only_named=True),

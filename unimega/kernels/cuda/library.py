@@ -39,10 +39,9 @@ def typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
     address, number, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.unimega_routing_workspace.argtypes = [wide, number]
     loaded.unimega_routing_workspace.restype = wide
-    loaded.unimega_route.argtypes = [
-        *(address, address, wide, wide, number, number, number, number, ctypes.c_float, number, number),
-        *(address,) * 7,
-    ]
+    choice = (address, address, wide, wide, number, number, number, number, ctypes.c_float, number, number)
+    loaded.unimega_route.argtypes = [*choice, *(address,) * 7]
+    loaded.unimega_topk_routing.argtypes = [*choice, *(address,) * 3]
     loaded.unimega_expert_order.argtypes = [address, wide, number, number, *(address,) * 5]
     loaded.unimega_error.argtypes = [number]
     loaded.unimega_error.restype = ctypes.c_char_p

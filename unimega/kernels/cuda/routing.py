@@ -1,6 +1,6 @@
-"""Routing by csrc/routing.cu; see ``kernels.route`` and ``kernels.expert_order``.
+"""Routing by csrc/routing.cu; see ``kernels.route``, ``kernels.topk_routing`` and ``kernels.expert_order``.
 
-The library takes addresses and a stream. A call is three launches and reads nothing on the host.
+The library takes addresses and a stream. A call is three launches, the choice alone one; nothing is read on the host.
 """
 
 from typing import Any
@@ -33,8 +33,28 @@ def route(
     check(logits, k, score, groups, group_topk)
     _fits(logits.shape[1], k)
     rows = logits.shape[0] if rows is None else rows
-    weights, experts, *order = _Route.apply(logits, bias, rows, k, score, normalize, scale, groups, group_topk)
+    weights, experts, *order = _Route.apply(logits, bias, rows, k, score, normalize, scale, groups, group_topk, True)
     return weights, experts, ExpertOrder(*order)
+
+
+def topk_routing(
+    logits: torch.Tensor,
+    *,
+    k: int,
+    score: str = "softmax",
+    bias: torch.Tensor | None = None,
+    normalize: bool = True,
+    scale: float = 1.0,
+    groups: int = 1,
+    group_topk: int = 1,
+    rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``kernels.topk_routing``. At most 512 experts, 16 of them chosen. One launch."""
+    check(logits, k, score, groups, group_topk)
+    _fits(logits.shape[1], k)
+    rows = logits.shape[0] if rows is None else rows
+    weights, experts = _Route.apply(logits, bias, rows, k, score, normalize, scale, groups, group_topk, False)
+    return weights, experts
 
 
 def expert_order(experts: torch.Tensor, num_experts: int) -> ExpertOrder:
@@ -61,17 +81,22 @@ class _Route(torch.autograd.Function):
         scale: float,
         groups: int,
         group_topk: int,
+        ordered: bool,
     ) -> tuple[torch.Tensor, ...]:
         tokens, num_experts = logits.shape
         wide = logits.float().contiguous()
         bias = None if bias is None else bias.float().contiguous()
         experts = torch.empty(tokens, k, dtype=torch.int32, device=logits.device)
         weights = torch.empty(tokens, k, dtype=torch.float32, device=logits.device)
-        order, workspace = _buffers(experts, num_experts)
+        order: tuple[torch.Tensor, ...] = ()
+        name, more = "unimega_topk_routing", order
+        if ordered:
+            order, workspace = _buffers(experts, num_experts)
+            name, more = "unimega_route", (workspace, *order)
         if tokens:
             _call(
-                "unimega_route", wide, bias, tokens, rows, num_experts, k, score == "sigmoid", normalize, scale,
-                groups, group_topk if groups > 1 else 1, weights, experts, workspace, *order,
+                name, wide, bias, tokens, rows, num_experts, k, score == "sigmoid", normalize, scale,
+                groups, group_topk if groups > 1 else 1, weights, experts, *more,
             )  # fmt: skip
         ctx.rows, ctx.how = rows, {"score": score, "normalize": normalize, "scale": scale}
         ctx.save_for_backward(logits, experts)
@@ -89,7 +114,7 @@ class _Route(torch.autograd.Function):
             (d_real,) = torch.autograd.grad((weights,), (real,), (d_weights[: ctx.rows],))
         pads = logits.shape[0] - ctx.rows
         d_logits = torch.cat((d_real, d_real.new_zeros(pads, logits.shape[1]))) if pads else d_real
-        return d_logits, None, None, None, None, None, None, None, None
+        return d_logits, *(None,) * 9
 
 
 def _fits(num_experts: int, k: int) -> None:
