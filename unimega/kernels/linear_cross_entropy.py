@@ -109,10 +109,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros(weight.shape, dtype=dtype, device=x.device) if needs[1] else None
         token_weights = token_weights.to(dtype)
         loss = token_weights.new_zeros(())
+        buffer = x.new_empty(min(chunk, x.shape[0]), real)  # one for all chunks: fresh pages cost a CPU a tenth of a GEMM
         for low in range(0, x.shape[0], chunk):
             part = slice(low, min(low + chunk, x.shape[0]))
-            own = labels[part] - start
-            dlogits, ce[part], lse = _chunk(x[part], weight[:real], own, token_weights[part], passes, any(needs))
+            dlogits = torch.mm(x[part], weight[:real].t(), out=buffer[: part.stop - low])
+            ce[part], lse = _chunk(dlogits, labels[part] - start, token_weights[part], passes, any(needs))
             loss += torch.dot(token_weights[part], ce[part] if not passes[-1] else ce[part] + passes[-1] * lse.square())
             if dx is not None:
                 torch.mm(dlogits, weight[:real], out=dx[part])
@@ -156,30 +157,25 @@ def _slices(dw: torch.Tensor) -> Iterator[slice]:
 
 
 def _chunk(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    token_weights: torch.Tensor,
-    passes: Passes,
-    needs_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradient of the logits [c, real] in the dtype of x (or nothing of use), cross-entropy [c], lse [c].
+    logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor, passes: Passes, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy [c], lse [c]; logits [c, real] become their gradient (or nothing of use).
 
-    weight holds real rows only; labels are relative to its first row, and out of its range where another rank has them.
+    Labels are relative to the first column, and out of range where another rank has them.
     """
     statistics, gradient, at_once, group, z_loss = passes
-    logits = x @ weight.t()
-    if at_once is not None and needs_gradient and weight.shape[0] > 0:
+    rows, real = logits.shape
+    if at_once is not None and needs_gradient and real > 0:
         lse, target = at_once(logits, labels, token_weights, z_loss)
-        return logits, lse - target, lse
-    if weight.shape[0] > 0:
+        return lse - target, lse
+    if real > 0:
         mine, state = statistics(logits, labels)
     else:  # a rank of padding alone still takes part in the collective
-        mine = token_weights.new_tensor((-torch.inf, 0.0, 0.0)).repeat(x.shape[0], 1).t().contiguous()
+        mine = token_weights.new_tensor((-torch.inf, 0.0, 0.0)).repeat(rows, 1).t().contiguous()
     lse, target = _combine(mine, group)
-    if needs_gradient and weight.shape[0] > 0:
+    if needs_gradient and real > 0:
         gradient(logits, state, labels, lse, token_weights, z_loss)
-    return logits, lse - target, lse
+    return lse - target, lse
 
 
 def statistics(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
