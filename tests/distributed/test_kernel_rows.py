@@ -21,7 +21,6 @@ def step(
     name: str, layers: int, implementation: str, tp: int
 ) -> tuple[float, float, dict[str, torch.Tensor], list[str]]:
     """Loss, gradient norm and parameters after a step; the ops whose row of that name was chosen."""
-    from tests.kernels import conftest  # noqa: F401  (makes the interpreter right in this process)
     from unimega import backend
     from unimega.training.engine import Engine
 

@@ -7,3 +7,12 @@ What holds for every kernel here:
 - Offsets of rows are int64: tokens x width passes 2^31.
 - All of it runs in Triton's interpreter on a CPU (``TRITON_INTERPRET=1``): how numbers are tested without a GPU.
 """
+
+import os
+
+from unimega.kernels import availability
+
+if os.environ.get(availability.INTERPRET) == "1":
+    from unimega.kernels.triton import interpreter
+
+    interpreter.install()  # before any kernel runs in it
