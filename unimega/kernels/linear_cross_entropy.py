@@ -109,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros(weight.shape, dtype=dtype, device=x.device) if needs[1] else None
         token_weights = token_weights.to(dtype)
         loss = token_weights.new_zeros(())
-        buffer = x.new_empty(min(chunk, x.shape[0]), real)  # one for all chunks: fresh pages cost a CPU a tenth of a GEMM
+        buffer = x.new_empty(min(chunk, x.shape[0]), real)  # for all chunks: fresh pages cost a CPU a tenth of a GEMM
         for low in range(0, x.shape[0], chunk):
             part = slice(low, min(low + chunk, x.shape[0]))
             dlogits = torch.mm(x[part], weight[:real].t(), out=buffer[: part.stop - low])
