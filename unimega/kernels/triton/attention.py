@@ -47,7 +47,7 @@ def _inline_attend(
         higher = tl.maximum(top, tl.max(scores, 1))
         chances = tl.exp2(scores - higher[:, None])
         if MASK:
-            chances = tl.where(scores > -1.0e29, chances, 0.0)
+            chances = tl.where(seen, chances, 0.0)  # not by the score: one that is no number has to be seen
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(chances, 1)
         values = tl.load(v + place, mask=inside, other=0.0)

@@ -23,9 +23,9 @@ TAKEN_KEY = tl.constexpr(-(2**31))
 
 @triton.jit
 def _inline_ordered(x):
-    """fp32 as int32 of the same order; -0 as 0."""
+    """fp32 as int32 of the same order; -0 as 0. No NaN is the key of what is taken, or a token has an expert twice."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), TAKEN_KEY + 1)
 
 
 @triton.jit
