@@ -347,6 +347,9 @@ CASES: dict[str, tuple[Case, ...]] = {
         attention_case("both ways", (10, 9, 3), 4, 2, 8, both_ways=((2, 6), (12, 19)), reorder=True),
         attention_case("all both ways", (13,), 2, 2, 7, both_ways=((0, 13),)),
         attention_case("empty runs", (0, 5, 0, 3), 4, 2, 8, reorder=True),
+        attention_case("no rows", (0,), 4, 2, 8),
+        attention_case("no runs", (), 2, 2, 8, both_ways=(), reorder=True),
+        attention_case("no rows, both ways", (0, 0), 2, 1, 8, both_ways=((0, 0),)),
     ),
     "split_linear": (
         split_linear_case("one row", (1,), 3, 5),
