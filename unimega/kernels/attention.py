@@ -6,8 +6,8 @@ q: [T, h, N], k, v: [T, k, N] in attention order, one dtype; query head i uses k
 intervals: ``unimega.batch.Intervals`` of those rows. Runs never see each other; ``lengths`` are host ints.
 rows, inverse: None, or the gather that ``qkv_prepare`` made and its inverse permutation, int [T].
 out: [T, h N], ``out[rows[i]] = softmax(scale q_i k^T) v`` (row i without ``rows``): in modality order again.
-Gradients reach q, k, v. A run's result does not depend on what other runs contain, bit for bit, as long as their values are finite: a tile of a
-fused kernel may hold keys of two runs, and 0 times NaN is NaN.
+Gradients reach q, k, v. A run's result does not depend on what other runs contain, bit for bit, as long as that is
+finite: a tile of a fused kernel holds keys of several runs, and 0 times NaN is NaN.
 
 Scores and softmax are in fp32 (fp64 for fp64); the probabilities may be rounded to the dtype of v before the second
 product, as flash attention does; the output is rounded once. Saved for backward: q, k, v, out, one number per query and
