@@ -171,18 +171,20 @@ def test_ranks_and_microbatches_only_share_the_packs_out(plan, dp, micro):
     border = plan.window_of(0).next_pack // 8  # a step that crosses windows
     for step in (0, border):
         by_pack = {}
+        tokens = sum(int(np.count_nonzero(plan.pack(step * 8 + number).document)) for number in range(8))
         for rank in range(dp):
             place = Place(global_batch_packs=8, micro_batch_packs=micro, dp_rank=rank, dp=dp)
             batch = step_batch(plan, step, place, [4.0, 1.0])
             for accumulation, micro_batch in enumerate(batch.microbatches):
                 rows = micro_batch.tokens[micro_batch.order.inverse].reshape(micro, 96)
                 weights = micro_batch.loss_weights[micro_batch.order.inverse].reshape(micro, 96)
+                assert micro_batch.step_tokens == tokens  # what losses of routers are divided by
                 for i in range(micro):
                     by_pack[(accumulation * dp + rank) * micro + i] = rows[i], weights[i]
         assert sorted(by_pack) == list(range(8))
-        for number, (tokens, weights) in by_pack.items():
+        for number, (ids, weights) in by_pack.items():
             pack = plan.pack(step * 8 + number)
-            assert np.array_equal(tokens, pack.tokens)
+            assert np.array_equal(ids, pack.tokens)
             assert np.array_equal(weights > 0, pack.mask)
         total = sum(float(weights.astype(np.float64).sum()) for _, weights in by_pack.values())
         assert total == pytest.approx(1.0, rel=1e-5)
@@ -215,6 +217,7 @@ def test_evaluation_shows_everything_once_and_then_pads(corpora):
     assert last.microbatches[-1].order.pads == 96 and not len(last.microbatches[-1].loss_rows)
     beyond = step_batch(plan, plan.num_packs, Place(global_batch_packs=2, micro_batch_packs=2), [1.0, 1.0])
     assert beyond.targets == (0, 0) and beyond.denominator == 0.0 and not beyond.microbatches[0].loss_weights.any()
+    assert beyond.microbatches[0].step_tokens == 0
 
 
 def test_over_long_documents(tmp_path, caplog):

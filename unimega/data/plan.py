@@ -6,7 +6,7 @@ choose which of them to build. Every rank computes the same plan; there is no ca
 
 import threading
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
@@ -217,15 +217,24 @@ class DataPlan:
     def targets(self, step: int, *, global_batch_packs: int) -> Ints:
         """int64 [M]: targets per modality of the input token in all packs of a step; none has to be built for it."""
         total = np.zeros(len(self.vocabulary.names), dtype=np.int64)
-        number, stop = step * global_batch_packs, (step + 1) * global_batch_packs
-        while number < stop:
-            window = self.window_of(number)
-            if window is None:
-                break
-            until = min(stop, window.next_pack)
-            total += window.pack_targets[number - window.first_pack : until - window.first_pack].sum(axis=0)
-            number = until
+        for window, first, stop in self._parts_of(step, global_batch_packs):
+            total += window.pack_targets[first:stop].sum(axis=0)
         return total
+
+    def tokens(self, step: int, *, global_batch_packs: int) -> int:
+        """Tokens in all packs of a step, pads left out; none has to be built for it."""
+        parts = self._parts_of(step, global_batch_packs)
+        return sum(
+            int(window.length[window.starts[first] : window.starts[stop]].sum()) for window, first, stop in parts
+        )
+
+    def _parts_of(self, step: int, global_batch_packs: int) -> Iterator[tuple[Window, int, int]]:
+        """The windows that packs of a step lie in, each with its first pack of them and the one after the last."""
+        number, stop = step * global_batch_packs, (step + 1) * global_batch_packs
+        while number < stop and (window := self.window_of(number)) is not None:
+            until = min(stop, window.next_pack)
+            yield window, number - window.first_pack, until - window.first_pack
+            number = until
 
     def hash(self, pack: int = 0) -> str:
         """16 hex digits of the window that holds a pack; equal on all ranks, and after a resume."""
