@@ -5,6 +5,7 @@
 #
 # Appends JSON lines to FILE as they are measured. ARGUMENTs go to the benchmarks of ops; `--sizes tiny --no-compile`
 # shows on any machine that all of it runs. PYTHON names another interpreter, SECONDS_LEFT another limit.
+# Rows of csrc/routing.cu are measured where it is built (docs/kernels.md has the command); else a line says they are absent.
 # What the limit cuts off, and what fails, leaves a line that says so; the status is then 1.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
