@@ -80,6 +80,7 @@ def peft_config(spec: ModelSpec, base: Sequence[Row]) -> dict[str, Any]:
     """``adapter_config.json``: what PEFT needs to know, the rest is its defaults."""
     assert spec.lora is not None
     alpha = spec.lora.alpha
+    stacked = any(row.stacked for row in factor_rows(spec, base))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -87,7 +88,7 @@ def peft_config(spec: ModelSpec, base: Sequence[Row]) -> dict[str, Any]:
         "inference_mode": True,
         "r": spec.lora.rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "lora_dropout": spec.lora.dropout,
+        "lora_dropout": 0.0 if stacked else spec.lora.dropout,  # PEFT refuses it on experts, and inference has none
         "bias": "none",
         "target_modules": _targets(spec, base),
     }
