@@ -121,7 +121,8 @@ def _fits(num_experts: int, k: int) -> None:
     if num_experts > MAX_EXPERTS or k > MAX_K:
         raise KernelUnavailable(
             f"experts={num_experts}, k={k} do not fit the CUDA kernels of routing, which take {MAX_EXPERTS} experts "
-            f"and {MAX_K} slots of a token. Choose another implementation."
+            f"and {MAX_K} slots of a token. Name another implementation in [kernels] for topk_routing, expert_order "
+            "and route."
         )
 
 
