@@ -140,6 +140,16 @@ def test_an_expert_without_tokens_and_one_with_all() -> None:
         assert not got[name][1].any() and got[name][3].any(), name
 
 
+def test_a_huge_factor_drops_nothing() -> None:
+    spec = ExpertSpec(number=4, width=12, top_k=2, capacity=(1e30, 1e308))
+    made = moe.make(spec)
+    call = moe.call(41, 20, pads=3)
+    whole = of_rank(call.order)
+    routing = made.router(moe.tokens(call.order), call.order, whole)
+    _, experts, dropped = capacity.drop(routing, spec, whole, whole, made.expert_order)
+    assert torch.equal(experts, routing.experts) and dropped.tolist() == [0, 0]
+
+
 def test_modalities_have_their_own_room() -> None:
     spec = ExpertSpec(number=4, width=12, top_k=2, capacity=(0.5, 1.0))
     made = moe.make(spec)

@@ -13,8 +13,12 @@ from unimega.moe.transfer import gathered
 
 
 def room(spec: ExpertSpec, modality: int, tokens: int) -> int:
-    """Slots that each expert takes of ``tokens`` tokens of a modality: a fair share times the factor, rounded up."""
-    return math.ceil(tokens * spec.top_k / spec.open_to(modality) * spec.capacity[modality])
+    """Slots that each expert takes of ``tokens`` tokens of a modality: a fair share times the factor, rounded up.
+
+    Never more than there are tokens, which is all that can come: a huge factor would leave the integers of a device.
+    """
+    fair = tokens * spec.top_k / spec.open_to(modality)
+    return math.ceil(min(fair * spec.capacity[modality], tokens))
 
 
 def drop(
