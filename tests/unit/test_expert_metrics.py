@@ -102,8 +102,11 @@ ONE = '{"step": 1, "moe_layers": [0], "moe_load_text": [%s], "moe_entropy_text":
         ('{"step": 1}\nhello\n{"step": 2}\n', ":2: is no record of metrics"),
         ('{"step": 1, "moe_layers": [0], "moe_load_text": [[1, 1]]}\n', "do not fit together"),
         (f"{ONE % '[1, 1]'}\n{ONE % '[1]'}\n", "do not fit together"),
+        ('{"step": 1, "moe_layers": [0], "moe_load_max": 1}\n', "no record has moe_load_MODALITY"),
+        ('{"step": 1, "moe_layers": 3}\n', "moe_layers=3 is no list of layers"),
+        ("", "no record tells of routed experts"),
     ],
-    ids=["dense", "text", "missing", "unequal"],
+    ids=["dense", "text", "missing", "unequal", "no loads", "no layers", "empty"],
 )
 def test_files_that_are_refused(tmp_path: Path, content: str, say: str) -> None:
     file = tmp_path / "metrics.jsonl"

@@ -63,13 +63,18 @@ def read(file: Path, *, layers: Sequence[int] = ()) -> History:
     records = [record for record in _records(file) if record.get("moe_layers")]
     if not records:
         raise UnimegaError(f"{file}: no record tells of routed experts. They come of runs with preset moe or unimoe.")
-    found = tuple(records[-1]["moe_layers"])
-    records = [record for record in records if tuple(record["moe_layers"]) == found]  # before a run of another shape
+    listed = records[-1]["moe_layers"]
+    records = [record for record in records if record["moe_layers"] == listed]  # before a run of another shape
+    if not isinstance(listed, list):
+        raise UnimegaError(f"{file}: moe_layers={listed!r} is no list of layers. Give a run's {FILE}.")
+    found = tuple(listed)
     for layer in layers:
         if layer not in found:
             raise UnimegaError(f"{file}: layer {layer} has no routed experts. Those have: {_listed(found)}.")
     kept = [i for i, layer in enumerate(found) if not layers or layer in layers]
     names = [key.removeprefix(_LOAD) for key in records[-1] if key.startswith(_LOAD) and key != f"{_LOAD}max"]
+    if not names:
+        raise UnimegaError(f"{file}: no record has {_LOAD}MODALITY, the loads of experts. Give a run's {FILE}.")
     try:
         return History(
             steps=np.array([record["step"] for record in records], dtype=np.int64),
