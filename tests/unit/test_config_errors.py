@@ -52,6 +52,8 @@ IN_FILE = [
     ({"model": {"tied": 1}}, "run.toml: 'model.tied' wants true or false, found 1 (int)."),
     ({"data": {"tokenizer": 3}}, "run.toml: 'data.tokenizer' wants str, found 3 (int)."),
     ({"model": {"init": 0.5}}, "run.toml: 'model.init' wants a table, found 0.5 (float)."),
+    ({"model": {"capacity": {"text": "a"}}}, "run.toml: 'model.capacity.text' wants float, found 'a' (str)."),
+    ({"model": {"expert_sets": {"text": 1}}}, "run.toml: 'model.expert_sets.text' wants a list of int, found 1 (int)."),
     ({"model": {"vision_ids": 90}}, "run.toml: 'model.vision_ids' wants a list of int, found 90 (int)."),
     ({"data": {"train": "corpus"}}, "run.toml: 'data.train' wants a list of tables, found 'corpus' (str)."),
     ({"data": {"train": ["corpus"]}}, "run.toml: 'data.train[0]' wants a table, found 'corpus' (str)."),
@@ -181,6 +183,10 @@ HUGGING_FACE = [
     (
         {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 8, "mlp_only_layers": 1},
         "c: 'mlp_only_layers' wants a list of int, found 1.",
+    ),
+    (
+        {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 8, "norm_topk_prob": "false"},
+        "c: 'norm_topk_prob' wants true or false, found 'false'.",
     ),
     ({"hidden_act": "gelu"}, "c: hidden_act='gelu' is not supported. The FFN is SwiGLU: hidden_act must be 'silu'."),
     ({"head_dim": None}, "c: 'head_dim' wants a positive int, found None. Is this the config.json of a qwen3?"),

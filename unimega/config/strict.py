@@ -139,11 +139,12 @@ def _how_to_give(key: str) -> str:
 
 
 def _first_that_fits(value: Any, options: Sequence[Any], want: Any, *, key: str, where: str) -> Any:
-    for option in options:
-        if option is type(None):
-            if value is None:
-                return None
-            continue
+    present = [option for option in options if option is not type(None)]
+    if value is None and len(present) < len(options):
+        return None
+    if len(present) == 1 and isinstance(value, Mapping) and get_origin(present[0]) is dict:
+        return coerce(value, present[0], key=key, where=where)  # its complaint names the entry
+    for option in present:
         try:
             return coerce(value, option, key=key, where=where)
         except ConfigError:
