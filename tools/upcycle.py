@@ -14,6 +14,7 @@ Prints what becomes of every tensor; layers that fare alike share a line. Weight
 another: memory is that of one weight of all experts of a layer, and of the FFN weight that it is made of.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,8 +44,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--verbose", action="store_true", help="a line per tensor, not per kind of tensor")
     given, rest = parser.parse_known_args(argv)
     keys = _keys(given.preset, given.experts, given.top_k, len(given.specialists), rest)
-    if given.noise < 0:
-        raise ConfigError(f"--noise={given.noise} is negative. Use 0 or more.")
+    if not 0 <= given.noise < math.inf:
+        raise ConfigError(f"--noise={given.noise} is no deviation. It is 0 or more, and finite.")
     if not 0 <= given.drop <= 1:
         raise ConfigError(f"--drop={given.drop} is no share. It is at least 0, at most 1.")
     check_checkpoint(given.out, overwrite=given.overwrite)

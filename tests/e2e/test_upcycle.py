@@ -1,7 +1,9 @@
 """A dense checkpoint becomes experts: the same function at first, specialists where named; and the names of Uni-MoE."""
 
+import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,34 @@ def test_experts_do_not_become_experts_again(place: Path) -> None:
     upcycle(place, "once")
     with pytest.raises(UnimegaError, match=r"layers\.0 has routed experts already\. Only a dense checkpoint becomes"):
         again(place / "once", place / "twice", Recipe(keys=KEYS))
+
+
+@pytest.mark.parametrize("target", ["kept", "special"])
+def test_no_source_is_replaced(place: Path, tmp_path: Path, target: str) -> None:
+    """--overwrite would take away the only copy of what the experts are made of."""
+    from unimega.hf.upcycle import Recipe
+    from unimega.hf.upcycle import upcycle as command
+
+    for name in ("kept", "special"):
+        shutil.copytree(place / "dense", tmp_path / name)
+    steps = [tmp_path / name / (tmp_path / name / "latest").read_text().strip() for name in ("kept", "special")]
+    for dense, special in ((tmp_path / "kept", tmp_path / "special"), steps):
+        with pytest.raises(UnimegaError, match=r"is where '.*' is read from\. Name another folder\.$"):
+            command(dense, tmp_path / target, Recipe(keys=KEYS), specialists=[special], overwrite=True)
+    assert stored(tmp_path / target).keys() == stored(place / "dense").keys()
+
+
+@pytest.mark.parametrize("noise", ["nan", "inf", "-1"])
+def test_noise_that_is_no_number_is_refused(tmp_path: Path, noise: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from unimega.errors import run_cli
+
+    found = importlib.util.spec_from_file_location("upcycle", Path(__file__).parents[2] / "tools" / "upcycle.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    with pytest.raises(SystemExit) as caught:
+        run_cli(module.main, ["dense", str(tmp_path / "out"), "--experts", "2", "--top-k", "1", f"--noise={noise}"])
+    assert caught.value.code == 2 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.endswith("is no deviation. It is 0 or more, and finite.\n")
 
 
 # --- Uni-MoE's folders ---------------------------------------------------------------------------------------------

@@ -80,10 +80,14 @@ def upcycle(
         progress: hears of every tensor that is written.
 
     Raises:
-        CheckpointError: a checkpoint is damaged, not dense, or of another model than the first; the target exists.
+        CheckpointError: a checkpoint is damaged, not dense, or of another model than the first; the target exists,
+            or is one of them.
         ConfigError: keys that make no model.
     """
     check_checkpoint(target, overwrite=overwrite)
+    for origin in (path, *specialists):  # --overwrite would take away what it is made of
+        if target.resolve() in (origin.resolve(), origin.resolve().parent):
+            raise CheckpointError(f"{str(target)!r} is where {str(origin)!r} is read from. Name another folder.")
     dense = _open(path)
     _check_dense(dense)
     model = _model(dense, recipe)
