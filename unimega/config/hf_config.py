@@ -87,11 +87,14 @@ def _experts(values: Mapping[str, Any], kind: str, *, where: str) -> dict[str, A
     dense = None if is_mixtral else values.get("mlp_only_layers") or []
     if dense is not None and not (isinstance(dense, list) and all(type(one) is int for one in dense)):
         raise ConfigError(f"{where}: 'mlp_only_layers' wants a list of int, found {dense!r}.")
+    normalized = values.get("norm_topk_prob", False)
+    if type(normalized) is not bool:
+        raise ConfigError(f"{where}: 'norm_topk_prob' wants true or false, found {normalized!r}.")
     return {
         "experts": _need(values, name, where=where),
         "expert_width": _need(values, "intermediate_size" if is_mixtral else "moe_intermediate_size", where=where),
         "top_k": _need(values, "num_experts_per_tok", where=where),
-        "normalize_weights": is_mixtral or bool(values.get("norm_topk_prob", False)),
+        "normalize_weights": is_mixtral or normalized,
         "dense_layers": tuple(dense or ()),
         "sparse_every": 1 if is_mixtral else _need(values, "decoder_sparse_step", where=where, default=1),
     }
