@@ -114,14 +114,14 @@ ON_RANKS = [
     (
         {"ep": 3},
         {},
-        "parallel.ep=3 * etp=1 = 3 does not divide the 8 rank(s) of a pipeline stage (dp=8 * tp=1). Pick an ep that "
-        "divides 8.",
+        "parallel.ep=3 * etp=1 = 3 does not divide the 8 rank(s) of a pipeline stage (dp=8 * tp=1). Start a multiple "
+        "of 3 processes, or pick an ep that divides 8.",
     ),
     (
         {"ep": 4, "tp": 2, "etp": 2, "pp": 2},
         {},
-        "parallel.ep=4 * etp=2 = 8 does not divide the 4 rank(s) of a pipeline stage (dp=2 * tp=2). Pick an ep that "
-        "divides 2.",
+        "parallel.ep=4 * etp=2 = 8 does not divide the 4 rank(s) of a pipeline stage (dp=2 * tp=2). Start a multiple "
+        "of 16 processes, or pick an ep that divides 2.",
     ),
     ({"ep": 8}, {"experts": 12}, "parallel.ep=8 does not divide the 12 experts of layer 0. Pick a divisor."),
     (

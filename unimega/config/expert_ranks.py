@@ -1,5 +1,7 @@
 """How routed experts may be cut: over ep, their widths over etp; both together cut the ranks of a pipeline stage."""
 
+import math
+
 from unimega.config.model import ModelSpec
 from unimega.config.schema import ParallelConfig
 from unimega.errors import ConfigError
@@ -22,9 +24,11 @@ def check(model: ModelSpec, parallel: ParallelConfig, *, world_size: int) -> Non
         raise ConfigError(f"parallel.etp={etp} is neither 1 nor parallel.tp={tp}. Set it to one of the two.")
     ranks = world_size // (parallel.pp * parallel.cp)
     if ranks % (ep * etp):
+        processes = math.lcm(tp, ep * etp) * parallel.pp
         raise ConfigError(
             f"parallel.ep={ep} * etp={etp} = {ep * etp} does not divide the {ranks} rank(s) of a pipeline stage "
-            f"(dp={ranks // tp} * tp={tp}). Pick an ep that divides {ranks // etp}."
+            f"(dp={ranks // tp} * tp={tp}). Start a multiple of {processes} processes, or pick an ep that divides "
+            f"{ranks // etp}."
         )
     for number, experts in sparse:
         if experts.number % ep:
