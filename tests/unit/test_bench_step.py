@@ -10,8 +10,8 @@ SHAPE = "tokens=96 shortest=16 longest=48 width=32 layers=4 heads=4 kv_heads=2 f
 KEYS = """
     benchmark precision model parameters flops seconds seconds_min seconds_max tokens_per_s flops_per_s rounds
     gemm_flops_per_s_square gemm_flops_per_s_model fraction_of_square fraction_of_model_gemms
-    ratio_to_dense ratio_to_masked cpu_ratio_to_dense flops_to_dense syncs_forward_backward syncs_step loss_after_one_step
-    shape device threads torch megatron_core commit date
+    ratio_to_dense ratio_to_masked cpu_ratio_to_dense flops_to_dense syncs_forward_backward syncs_step
+    loss_after_one_step shape device threads torch megatron_core commit date
 """
 
 
