@@ -42,14 +42,14 @@ def test_what_can_be_cut(parallel: dict[str, Any], world_size: int) -> None:
             4,
             {},
             "parallel.ep=3 * etp=1 = 3 does not divide the 4 rank(s) of a pipeline stage (dp=4 * tp=1). "
-            "Pick an ep that divides 4.",
+            "Start a multiple of 3 processes, or pick an ep that divides 4.",
         ),
         (
             {"ep": 2, "tp": 2, "etp": 2},
             2,
             {},
             "parallel.ep=2 * etp=2 = 4 does not divide the 2 rank(s) of a pipeline stage (dp=1 * tp=2). "
-            "Pick an ep that divides 1.",
+            "Start a multiple of 4 processes, or pick an ep that divides 1.",
         ),
         ({"ep": 4}, 4, {}, "parallel.ep=4 does not divide the 6 experts of layer 1. Pick a divisor."),
         (
