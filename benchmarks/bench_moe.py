@@ -68,8 +68,11 @@ def unimega(s: Sizes) -> Function:
     layout = Layout(tp=mesh().tp, sequence_parallel=False)
     layer = MoE(Build(spec=spec, layout=layout, device=device), ExpertSpec(number=s.e, width=s.f, top_k=s.k)).to(device)
     ones, zeros = np.ones(s.t, dtype=np.int32), np.zeros(s.t, dtype=np.int32)
-    batch = make_microbatch(zeros, modality=zeros, document=ones, labels=zeros, loss_weights=ones, modalities=1)
-    call = Call(order=backend.to_device(batch).order, cos=torch.empty(0), sin=torch.empty(0))
+    batch = make_microbatch(
+        zeros, modality=zeros, document=ones, labels=zeros, loss_weights=ones, modalities=1, step_tokens=s.t
+    )
+    order = backend.to_device(batch).order
+    call = Call(order=order, cos=torch.empty(0), sin=torch.empty(0), step_tokens=batch.step_tokens)
     names = ("router.weight", "experts.gate_up.weight", "experts.down.weight")
 
     def forward(t: Tensors) -> Tensors:

@@ -66,6 +66,7 @@ class Pack:
             labels=np.where(scored, self.labels, 0),
             loss_weights=scored / scored.sum(),
             modalities=2,
+            step_tokens=len(self.tokens),
         )
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -62,7 +62,7 @@ SKIP = spec(layer.unix(5, ffn=(24, 24), encode=2, decode=2), skip=(1, 4))
 def microbatch(
     model: ModelSpec, kind: str, seed: int, *, scale: float = 1.0, tp_rank: int = 0, tp: int = 1, sp: bool = False
 ) -> Microbatch:
-    """64 tokens: three documents and pads. ``kind``: mixed, text, image (all tokens but the pads), or mostly one."""
+    """64 tokens, a step alone: three documents and pads. ``kind``: mixed, text, image (all but pads), or mostly one."""
     rng = np.random.default_rng(seed)
     vocabulary = model.vocabulary
     lengths = [27, 1, 29, 7]
@@ -83,6 +83,7 @@ def microbatch(
         labels=np.roll(tokens, -1),
         loss_weights=weights * scale,
         modalities=others + 1,
+        step_tokens=TOKENS - lengths[-1],
         cross_document=model.cross_document,
         tp_rank=tp_rank,
         tp=tp,

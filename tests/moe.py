@@ -47,10 +47,12 @@ def make(experts: ExpertSpec, *, seed: int = 0, vocabulary: Vocabulary = models.
     return made
 
 
-def call(*counts: int, pads: int = 0, documents: int = 1, sp: tuple[int, int] | None = None, **rest: object) -> Call:
+def call(
+    *counts: int, pads: int = 0, documents: int = 1, sp: tuple[int, int] | None = None, step_tokens: int | None = None
+) -> Call:
     """A forward over so many tokens of each modality, and pads; documents of about equal length in input order.
 
-    ``sp``: (rank, ranks) of sequence parallelism.
+    ``sp``: (rank, ranks) of sequence parallelism. ``step_tokens``: of the step; absent: it is this forward alone.
     """
     tp_rank, tp = sp or (0, 1)
     real = sum(counts)
@@ -64,12 +66,13 @@ def call(*counts: int, pads: int = 0, documents: int = 1, sp: tuple[int, int] | 
         labels=np.zeros(total, dtype=np.int32),
         loss_weights=np.ones(total),
         modalities=len(counts),
+        step_tokens=real if step_tokens is None else step_tokens,
         tp_rank=tp_rank,
         tp=tp,
         sequence_parallel=sp is not None,
     )
     order = backend.current().to_device(batch).order
-    return Call(order=order, cos=torch.empty(0), sin=torch.empty(0), **rest)
+    return Call(order=order, cos=torch.empty(0), sin=torch.empty(0), step_tokens=batch.step_tokens)
 
 
 def tokens(order: TokenOrder, seed: int = 1) -> torch.Tensor:

@@ -103,8 +103,8 @@ class Microbatch:
     """int32 [n]: the rows whose weight is not 0, ascending: the head computes only these."""
     loss_counts: tuple[int, ...]
     """How many of ``loss_rows`` lie in each modality's slice, M host ints."""
-    step_tokens: int | None = None
-    """Tokens of the global batch without pads, for losses of routers; None: this micro-batch is the global batch."""
+    step_tokens: int
+    """Tokens of the global batch without pads, which losses of routers are divided by."""
 
 
 def make_microbatch(
@@ -115,6 +115,7 @@ def make_microbatch(
     labels: np.ndarray,
     loss_weights: np.ndarray,
     modalities: int,
+    step_tokens: int,
     pack_length: int | None = None,
     cross_document: bool = False,
     tp_rank: int = 0,
@@ -129,6 +130,7 @@ def make_microbatch(
         document: [T] number of each token's document, 0 for pads; a number in another pack is another document.
         loss_weights: [T] float.
         modalities: M.
+        step_tokens: tokens of the global batch without pads.
         pack_length: T is that many packs of this length; absent: one pack.
         cross_document: attention and positions run over whole packs (old Uni-X checkpoints); pads still stand apart.
         tp_rank, tp, sequence_parallel: which rows are this rank's between the linears.
@@ -183,6 +185,7 @@ def make_microbatch(
         loss_weights=weights,
         loss_rows=rows.astype(np.int32),
         loss_counts=tuple(np.diff(np.searchsorted(rows, edges)).tolist()),
+        step_tokens=step_tokens,
     )
 
 

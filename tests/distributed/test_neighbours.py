@@ -37,6 +37,7 @@ def pack(model: ModelSpec, documents: list[np.ndarray], pads: int):
         labels=tokens,
         loss_weights=(number > 0).astype(float),
         modalities=len(model.modalities),
+        step_tokens=np.count_nonzero(number),
         cross_document=model.cross_document,
     )
 

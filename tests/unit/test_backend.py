@@ -35,8 +35,9 @@ def microbatch() -> Any:
     modality = np.array([0, 1, 1, 0, 0, 0, 1, 0])
     weights = np.array([1, 1, 1, 0, 1, 1, 0, 0], dtype=np.float32)
     return make_microbatch(
-        np.arange(8), modality=modality, document=document, labels=np.arange(1, 9), loss_weights=weights, modalities=2
-    )
+        np.arange(8), modality=modality, document=document, labels=np.arange(1, 9), loss_weights=weights, modalities=2,
+        step_tokens=7,
+    )  # fmt: skip
 
 
 # Choice ---------------------------------------------------------------------

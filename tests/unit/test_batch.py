@@ -10,6 +10,7 @@ def made(document, modality, *, modalities=3, **options):
     document, modality = np.asarray(document), np.asarray(modality)
     tokens = np.arange(len(document)) + 100
     options.setdefault("loss_weights", (document > 0) * 1.0)
+    options.setdefault("step_tokens", np.count_nonzero(document))
     return make_microbatch(
         tokens, modality=modality, document=document, labels=tokens + 1, modalities=modalities, **options
     )
@@ -86,6 +87,14 @@ def test_rows_of_a_rank_under_sequence_parallelism():
     assert made(document, modality).order.local_counts == (3, 4, 1)
     with pytest.raises(ValueError, match="cannot be cut"):
         made([1] * 5, [0] * 5, tp=2, sequence_parallel=True)
+
+
+def test_the_tokens_of_the_step_are_never_guessed():
+    tokens = np.arange(3)
+    given = {"modality": tokens * 0, "document": tokens + 1, "labels": tokens, "loss_weights": tokens, "modalities": 1}
+    assert make_microbatch(tokens, **given, step_tokens=9).step_tokens == 9
+    with pytest.raises(TypeError, match="step_tokens"):
+        make_microbatch(tokens, **given)
 
 
 def test_loss_rows_are_the_weighted_ones_by_modality():

@@ -129,8 +129,8 @@ def test_positions_pads_and_borders(tmp_path):
         inner = np.setdiff1d(np.arange(used), last)
         assert np.array_equal(pack.labels[inner], pack.tokens[inner + 1])
         assert (pack.tokens[last[pack.document[last] > 0]] == EOS).all()
-        draft = plan.draft([number])
-        batch = plan.collate(draft, [number], scale=np.asarray([2.0, 0.5], dtype=np.float32))
+        scale = np.asarray([2.0, 0.5], dtype=np.float32)
+        batch = plan.collate(plan.draft([number]), [number], scale=scale, step_tokens=used)
         order = batch.order
         assert np.array_equal(batch.tokens[order.inverse], pack.tokens)
         assert sum(order.counts) == 96 and order.pads == 96 - used

@@ -19,6 +19,7 @@ from unimega.data.plan import DataPlan, Recipe
 
 LENGTH = 96
 SCALE = np.asarray([2.0, 0.5], dtype=np.float32)
+STEP_TOKENS = 1000
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,7 @@ def said_directly(plan, packs, rank):
         labels=np.concatenate([part.labels for part in parts]),
         loss_weights=SCALE[modality] * np.concatenate([part.mask for part in parts]),
         modalities=2,
+        step_tokens=STEP_TOKENS,
         pack_length=LENGTH,
         tp_rank=rank.tp_rank,
         tp=rank.tp,
@@ -97,7 +99,8 @@ def said_directly(plan, packs, rank):
 )
 def test_collating_pieces_is_making_a_microbatch(plan, packs, cross, tp_rank, sequence_parallel):
     rank = Rank(tp_rank=tp_rank, tp=2, sequence_parallel=sequence_parallel, cross_document=cross)
-    assert_equal(plan.collate(plan.draft(packs), packs, scale=SCALE, rank=rank), said_directly(plan, packs, rank))
+    batch = plan.collate(plan.draft(packs), packs, scale=SCALE, step_tokens=STEP_TOKENS, rank=rank)
+    assert_equal(batch, said_directly(plan, packs, rank))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +150,7 @@ def test_separators_end_the_rows_of_an_image(with_separators):
 
 
 def test_full_packs_and_pads_between_documents_occur(plan):
-    pads = [plan.collate(plan.draft([n]), [n], scale=SCALE).order.pads for n in range(120)]
+    pads = [plan.collate(plan.draft([n]), [n], scale=SCALE, step_tokens=STEP_TOKENS).order.pads for n in range(120)]
     assert 0 in pads and max(pads) > 3, "the test above has not seen all cases"
 
 
@@ -157,7 +160,7 @@ def test_packs_of_pads_alone(tmp_path):
     for packs in ([5], [5, 6], [5, 0, 6]):
         for cross in (False, True):
             rank = Rank(cross_document=cross)
-            batch = plan.collate(plan.draft(packs), packs, scale=SCALE, rank=rank)
+            batch = plan.collate(plan.draft(packs), packs, scale=SCALE, step_tokens=STEP_TOKENS, rank=rank)
             assert_equal(batch, said_directly(plan, packs, rank))
     assert batch.order.pads == 3 * LENGTH - 6
 
@@ -221,6 +224,6 @@ def test_blocks_change_nothing(plan, monkeypatch, block):
 
 def test_begin_of_image_is_vision_and_its_end_is_text(plan):
     packs = list(range(20))
-    batch = plan.collate(plan.draft(packs), packs, scale=SCALE)
+    batch = plan.collate(plan.draft(packs), packs, scale=SCALE, step_tokens=STEP_TOKENS)
     at = np.flatnonzero(batch.tokens == BOI)
     assert len(at) and (at >= batch.order.counts[0]).all()

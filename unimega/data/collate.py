@@ -26,13 +26,14 @@ class Rank:
 
 
 def collate(
-    draft: Draft, filling: Filling, *, pack_length: int, scale: npt.NDArray[np.float32], rank: Rank
+    draft: Draft, filling: Filling, *, pack_length: int, scale: npt.NDArray[np.float32], step_tokens: int, rank: Rank
 ) -> Microbatch:
     """One micro-batch of all packs of a draft.
 
     Args:
         draft: T tokens in all, a multiple of ``pack_length``.
         scale: [M] weight of a target by the modality of its input token.
+        step_tokens: tokens of the global batch without pads.
 
     Raises:
         OutOfPlace: a stored id is not of its modality.
@@ -64,4 +65,5 @@ def collate(
         loss_weights=made.loss_weights,
         loss_rows=made.loss_rows,
         loss_counts=tuple(loss_counts),
+        step_tokens=step_tokens,
     )

@@ -7,7 +7,7 @@ documents of the next packs are asked of the operating system before they are ne
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -83,11 +83,13 @@ def _filled(plan: DataPlan, step: int, place: Place, loss_weights: Sequence[floa
     scale = np.asarray([weight / denominator if denominator > 0 else 0.0 for weight in loss_weights], dtype=np.float32)
     tokens = plan.tokens(step, global_batch_packs=place.global_batch_packs)
     packs, micro, rank = place.packs(step), place.micro_batch_packs, place.rank
-    made = (
-        plan.collate(draft.slice(at + i, at + i + micro), packs[i : i + micro], scale=scale, rank=rank)
+    made = tuple(
+        plan.collate(
+            draft.slice(at + i, at + i + micro), packs[i : i + micro], scale=scale, step_tokens=tokens, rank=rank
+        )
         for i in range(0, len(packs), micro)
     )
-    return StepBatch(step, tuple(targets), denominator, tuple(replace(batch, step_tokens=tokens) for batch in made))
+    return StepBatch(step, tuple(targets), denominator, made)
 
 
 def step_batches(

@@ -178,26 +178,41 @@ class DataPlan:
             corpus.read_ahead(pieces.address[mine], pieces.length[mine])
 
     def collate(
-        self, draft: Draft, packs: Sequence[int], *, scale: npt.NDArray[np.float32], rank: Rank | None = None
+        self,
+        draft: Draft,
+        packs: Sequence[int],
+        *,
+        scale: npt.NDArray[np.float32],
+        step_tokens: int,
+        rank: Rank | None = None,
     ) -> Microbatch:
         """One micro-batch of all packs of a draft.
 
         Args:
             packs: their numbers.
             scale: [M] weight of a target per modality of its input token.
+            step_tokens: tokens of the global batch without pads.
 
         Raises:
             DataError: a stored id is not of its modality.
         """
         try:
-            return collate(draft, self.filling, pack_length=self.recipe.pack_length, scale=scale, rank=rank or Rank())
+            return collate(
+                draft,
+                self.filling,
+                pack_length=self.recipe.pack_length,
+                scale=scale,
+                step_tokens=step_tokens,
+                rank=rank or Rank(),
+            )
         except OutOfPlace:
             self._refuse_ids(draft, packs)
 
     def pack(self, number: int) -> Pack:
         """Global pack ``number``."""
         modalities = len(self.vocabulary.names)
-        batch = self.collate(self.draft([number]), [number], scale=np.ones(modalities, dtype=np.float32))
+        draft, scale = self.draft([number]), np.ones(modalities, dtype=np.float32)
+        batch = self.collate(draft, [number], scale=scale, step_tokens=0)  # no router sees it
         order = batch.order
         modality = np.repeat(np.arange(modalities, dtype=np.uint8), order.counts)[order.inverse]
         document = order.document[order.inverse] + np.int32(1)

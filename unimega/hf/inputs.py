@@ -131,6 +131,7 @@ def microbatches(
                 labels=np.where(scored, targets, 0),
                 loss_weights=scored / max(1, inputs.scored),
                 modalities=len(spec.modalities),
+                step_tokens=int(np.count_nonzero(inputs.documents)),
                 cross_document=spec.cross_document,
                 tp_rank=tp_rank,
                 tp=tp,

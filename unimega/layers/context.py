@@ -40,5 +40,5 @@ class Call:
     cos: torch.Tensor
     """[T, N/2] fp32 in modality order."""
     sin: torch.Tensor
-    step_tokens: int | None = None
-    """Tokens of the global batch without pads, which losses of routers are divided by; None: this forward's own."""
+    step_tokens: int
+    """Tokens of the global batch without pads, which losses of routers are divided by."""

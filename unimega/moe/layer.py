@@ -73,7 +73,7 @@ class MoE(nn.Module):
         if spec.capacity:
             weights, experts, dropped = capacity.drop(routing, spec, mine, whole, self.expert_order, self.tp)
         if self.training and torch.is_grad_enabled():
-            loss = self._observe(routing, dropped, mine, whole, call)
+            loss = self._observe(routing, dropped, mine, call.step_tokens)
             weights = weights if loss is None else losses.attach(weights, loss)
         beside = None if self.shared is None else partial(self._run_shared, x_tD, call)
         y_tD, shared = self.dispatch(x_tD, weights, experts, self.experts, beside)
@@ -90,7 +90,7 @@ class MoE(nn.Module):
         return shared if self.shared_gate is None else shared * self.shared_gate(x_tD)
 
     def _observe(
-        self, routing: Routing, dropped: torch.Tensor | None, mine: Rows, whole: Rows, call: Call
+        self, routing: Routing, dropped: torch.Tensor | None, mine: Rows, step_tokens: int
     ) -> torch.Tensor | None:
         """Add to the statistics; returns these rows' part of the router's losses, a scalar, if there are any."""
         spec = self.spec
@@ -109,8 +109,7 @@ class MoE(nn.Module):
         )
         self.statistics = seen if self.statistics is None else self.statistics + seen
         weighed = [weight * loss for weight, loss in ((spec.balance, balance), (spec.z_loss, z_loss)) if weight]
-        total = sum(whole.tokens) if call.step_tokens is None else call.step_tokens
-        return torch.stack(weighed).sum() / max(1, total) if weighed else None
+        return torch.stack(weighed).sum() / max(1, step_tokens) if weighed else None
 
     def _balance(self, scores: torch.Tensor, slots: torch.Tensor, experts: torch.Tensor, mine: Rows) -> torch.Tensor:
         spec = self.spec
