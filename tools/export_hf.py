@@ -22,7 +22,7 @@ from pathlib import Path
 from unimega.errors import CheckpointError, run_cli
 from unimega.hf.command import Parser, bar
 from unimega.hf.export_config import FORMATS, UNIMOE
-from unimega.hf.target import check_export
+from unimega.hf.target import EXPORT, check_target
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="a larger model has several files")
     parser.add_argument("--merge-lora", action="store_true", help="add LoRA's factors to the weights")
     parser.add_argument("--adapter", action="store_true", help="LoRA's factors alone, as PEFT reads them")
-    parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export, if nothing else is in it")
     arguments = parser.parse_args(argv)
     limit = _bytes(arguments.max_shard_size)
     if arguments.dtype not in (None, "bf16", "fp16", "fp32"):
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.adapter and (arguments.merge_lora or arguments.tokenizer):
         other = "--merge-lora" if arguments.merge_lora else "--tokenizer"
         raise CheckpointError(f"--adapter writes LoRA's factors alone, so that {other} has no place. Leave one out.")
-    check_export(arguments.out, overwrite=arguments.overwrite)
+    check_target(arguments.out, EXPORT, overwrite=arguments.overwrite)
     if arguments.adapter:
         _export_adapter(arguments)
         return

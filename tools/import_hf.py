@@ -29,7 +29,7 @@ from unimega.hf.command import Parser, bar, ids
 from unimega.hf.folder import read_config
 from unimega.hf.read import Source, describe
 from unimega.hf.start import Start, describe_start, find_tokenizer
-from unimega.hf.target import check_checkpoint
+from unimega.hf.target import CHECKPOINT, check_target
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     seed, overwrite, verbose = given.pop("seed"), given.pop("overwrite"), given.pop("verbose")
     tokenizer, separators = given.pop("tokenizer"), ids("--separator-ids", given.pop("separator_ids"))
     given["vision_ids"] = ids("--vision-ids", given["vision_ids"])
-    check_checkpoint(target, overwrite=overwrite)
+    check_target(target, CHECKPOINT, overwrite=overwrite)
     config = read_config(folder)
     tokenizer = find_tokenizer(folder, tokenizer)
     what = _describe(config, folder, given, tokenizer, separators)
@@ -63,7 +63,7 @@ def _parser() -> Parser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a new folder")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; absent: FOLDER, if it has one")
     parser.add_argument("--separator-ids", help="separators that count as vision, as in 89,90; absent: the original's")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace such a folder, if nothing else is in it")
     parser.add_argument("--verbose", action="store_true", help="a line per tensor, not per kind of tensor")
     parser.add_argument("--seed", type=int, default=1, help="of the weights that are drawn (default: 1)")
     start = parser.add_argument_group("start of a model with images: keys of [model]")

@@ -25,7 +25,7 @@ from unimega.config.schema import RunConfig
 from unimega.errors import ConfigError, run_cli
 from unimega.hf import fate
 from unimega.hf.command import Parser, bar
-from unimega.hf.target import check_checkpoint
+from unimega.hf.target import CHECKPOINT, check_target
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--noise", type=float, default=0.0, help="in deviations of a weight (default: 0)")
     parser.add_argument("--drop", type=float, default=0.0, help="share of hidden units, 0 to 1 (default: 0)")
     parser.add_argument("--seed", type=int, default=1, help="of what is drawn (default: 1)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace such a folder, if nothing else is in it")
     parser.add_argument("--verbose", action="store_true", help="a line per tensor, not per kind of tensor")
     given, rest = parser.parse_known_args(argv)
     keys = _keys(given.preset, given.experts, given.top_k, len(given.specialists), rest)
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--noise={given.noise} is no deviation. It is 0 or more, and finite.")
     if not 0 <= given.drop <= 1:
         raise ConfigError(f"--drop={given.drop} is no share. It is at least 0, at most 1.")
-    check_checkpoint(given.out, overwrite=given.overwrite)
+    check_target(given.out, CHECKPOINT, overwrite=given.overwrite)
 
     from unimega.hf.upcycle import Recipe, upcycle  # torch, once the arguments are sound
 

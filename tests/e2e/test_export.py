@@ -166,7 +166,7 @@ def test_the_tokenizer_of_the_run(export_folder: Path, out: Path, tmp_path: Path
     assert loaded("<|vision_start|>").input_ids == [90] and loaded.eos_token_id == 93 and loaded.pad_token_id == 94
     with pytest.raises(DataError, match=r"tokenizer=.* is wrong"):
         export_checkpoint(source, tmp_path / "other", tokenizer=tmp_path)
-    assert not (tmp_path / "other").exists() and not (tmp_path / "other.tmp").exists()
+    assert not (tmp_path / "other").exists() and not (tmp_path / ".other.partial").exists()
 
 
 def test_stock_models_know_what_is_never_drawn(out: Path) -> None:
@@ -210,8 +210,8 @@ def test_killed(export_folder: Path, out: Path, tmp_path: Path, function: str) -
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["out.tmp"]
-    assert (tmp_path / "out.tmp" / "config.json").exists() == (function == "put")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert (tmp_path / ".out.partial" / "config.json").exists() == (function == "put")
     export_checkpoint(source, target)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     whole = [load_file(path / "model.safetensors") for path in (target, out / "unix_moe")]
@@ -242,14 +242,22 @@ def test_overwrite(export_folder: Path, out: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds an export already\. .*--overwrite"):
         export_checkpoint(source, target)
     assert (target / "mine").exists()
-    export_checkpoint(source, target, overwrite=True)
-    assert not (target / "mine").exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(CheckpointError, match=r"out' holds 'mine', which is no part of an export and would be lost"):
+        export_checkpoint(source, target, overwrite=True)
+    assert (target / "mine").exists()
+    (target / "mine").unlink()
+    (target / "unimega.json").write_text("old")
+    (tmp_path / "link").symlink_to("out")
+    export_checkpoint(source, tmp_path / "link", overwrite=True)  # the folder is replaced, the link stays
+    assert (target / "unimega.json").read_text() != "old" and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").touch()
     with pytest.raises(CheckpointError, match="exists and is not an export"):
         export_checkpoint(source, tmp_path / "other", overwrite=True)
-    (tmp_path / "third.tmp").mkdir()
-    with pytest.raises(CheckpointError, match=r"third.tmp' is in the way"):
+    (tmp_path / ".third.partial").mkdir()
+    (tmp_path / ".third.partial" / "config.json").touch()
+    with pytest.raises(CheckpointError, match=r"\.third\.partial' is in the way"):
         export_checkpoint(source, tmp_path / "third")
 
 

@@ -5,6 +5,7 @@ Options that the oracles lack are held to ``tests/reference.py``, a second imple
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -270,10 +271,14 @@ def run_failures(folder: Path) -> dict[str, Any]:
     target.mkdir()
     attempt("empty folder is fine", target)
     attempt("repeated", target)
-    marker = target / "marker"
-    marker.touch()
+    run = target / "run.json"
+    run.touch()  # of a training that goes on there
+    attempt("has more", target, overwrite=True)
+    run.unlink()
+    (target / "model.toml").write_text("old")
     attempt("overwritten", target, overwrite=True)
-    said["is new"] = not marker.exists() and (target / "latest").exists()
+    said["is new"] = (target / "model.toml").read_text() != "old" and (target / "latest").exists()
+    shutil.copy(target / "latest", place / "latest")  # DeepSpeed has one too
     attempt("not a checkpoint", place, overwrite=True)
     said["left"] = sorted(path.name for path in target.parent.iterdir())
     return said
@@ -382,8 +387,9 @@ def test_import_leaves_all_or_nothing(variants: Any) -> None:
     assert "checkpoint' cannot be written: [Errno 28] No space left on device" in said["disk full"]
     assert said["left by a failure"] == ["hf"] and said["left"] == ["checkpoint", "hf"]
     assert "empty folder is fine" not in said and "overwritten" not in said and said["is new"]
-    assert "holds a checkpoint already" in said["repeated"] and "--overwrite" in said["repeated"]
-    assert "exists and is not a checkpoint" in said["not a checkpoint"]
+    assert "holds a converted checkpoint already" in said["repeated"] and "--overwrite" in said["repeated"]
+    assert "checkpoint' holds 'run.json', which is no part of a converted checkpoint" in said["has more"]
+    assert "exists and is not a converted checkpoint" in said["not a checkpoint"]
 
 
 # --- the commands --------------------------------------------------------------------------------------------------

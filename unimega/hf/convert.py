@@ -1,9 +1,9 @@
 """A Hugging Face folder becomes a checkpoint: step 0 of a new folder of steps, there as a whole or not at all."""
 
+import functools
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from unimega.hf.names import Row
 from unimega.hf.read import Source
 from unimega.hf.start import Start
 from unimega.hf.stored import Unmade, write_step
-from unimega.hf.target import TOKENIZER_FOLDER, check_checkpoint, copy_tokenizer, put
+from unimega.hf.target import CHECKPOINT, TOKENIZER_FOLDER, check_target, copy_tokenizer, put
 from unimega.hf.weights import Weights
 
 MODEL_TABLE = "model.toml"
@@ -70,7 +70,7 @@ def import_folder(
     Raises:
         CheckpointError: the folder is incomplete or at odds with its config.json; the target exists.
     """
-    check_checkpoint(target, overwrite=overwrite)
+    partial = check_target(target, CHECKPOINT, overwrite=overwrite)
     base, source = (what.base, what.source) if isinstance(what, Start) else (what, what)
     weights = Tensors(Weights(folder), base.layout.family)
     names = whole_table(base.spec, base.layout)
@@ -82,6 +82,7 @@ def import_folder(
     write_checkpoint(
         target,
         parts,
+        partial=partial,
         metadata=_metadata(what, read_config(folder)),
         model=source.model,
         tokenizer=tokenizer,
@@ -96,6 +97,7 @@ def write_checkpoint(
     target: Path,
     parts: Sequence[Part],
     *,
+    partial: Path,
     metadata: dict[str, Any],
     model: ModelConfig,
     tokenizer: Path | None,
@@ -105,6 +107,7 @@ def write_checkpoint(
     """Make and write one tensor after another as step 0 of a new folder of steps.
 
     Args:
+        partial: where ``check_target`` said to write.
         metadata: goes to ``model.json``.
         model: the ``[model]`` of a run that trains it.
         tokenizer: folder whose files go along.
@@ -113,21 +116,20 @@ def write_checkpoint(
     Raises:
         CheckpointError: the disk does not take it.
     """
-    temporary = target.absolute().with_name(f".{target.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # of an import that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     try:
-        write_step(temporary, _watched(parts, progress), metadata=metadata)
-        (temporary / MODEL_TABLE).write_text(model_table(model))
+        write_step(partial, _watched(parts, progress), metadata=metadata)
+        (partial / MODEL_TABLE).write_text(model_table(model))
         if tokenizer:
-            (temporary / TOKENIZER_FOLDER).mkdir()
-            copy_tokenizer(tokenizer, temporary / TOKENIZER_FOLDER)
+            (partial / TOKENIZER_FOLDER).mkdir()
+            copy_tokenizer(tokenizer, partial / TOKENIZER_FOLDER)
             if config is not None:
-                shutil.copyfile(config, temporary / TOKENIZER_FOLDER / "config.json")
-        put(temporary, target)
+                shutil.copyfile(config, partial / TOKENIZER_FOLDER / "config.json")
+        put(partial, target)
     except OSError as error:
         raise CheckpointError(f"{str(target)!r} cannot be written: {error}.") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def layout_of(model: dict[str, Any]) -> Layout:
@@ -196,7 +198,8 @@ def _watched(parts: Sequence[Part], progress: Progress) -> dict[str, Unmade]:
         return tensor
 
     return {
-        part.key: Unmade(shape=part.tensor.shape, dtype=part.tensor.dtype, make=partial(make, part)) for part in parts
+        part.key: Unmade(shape=part.tensor.shape, dtype=part.tensor.dtype, make=functools.partial(make, part))
+        for part in parts
     }
 
 

@@ -22,7 +22,7 @@ from unimega.hf.lora import Merged, whole_table
 from unimega.hf.names import Row, Table, table
 from unimega.hf.shard_file import ShardFile
 from unimega.hf.stored import StoredWeights
-from unimega.hf.target import MANIFEST, TOKENIZER_FOLDER, check_export, copy_tokenizer, put, sync
+from unimega.hf.target import EXPORT, MANIFEST, TOKENIZER_FOLDER, check_target, copy_tokenizer, put, sync
 from unimega.parallel import step_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -75,7 +75,7 @@ def export_checkpoint(
         CheckpointError: the checkpoint is damaged or of a model without an export, or the target exists.
         DataError: the tokenizer's folder has none.
     """
-    partial = check_export(target, overwrite=overwrite)
+    partial = check_target(target, EXPORT, overwrite=overwrite)
     step, found, spec, stored = open_step(path)
     keeps_factors = format == export_config.UNIMOE and not merge_lora
     if spec.lora is not None and not merge_lora and not keeps_factors:

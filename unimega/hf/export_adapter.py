@@ -16,7 +16,7 @@ from unimega.hf.export import DTYPES, Exported, begin, open_step
 from unimega.hf.lora import check_factors, factor_rows, linear_of
 from unimega.hf.names import Row, table
 from unimega.hf.shard_file import ShardFile
-from unimega.hf.target import check_export, put, sync
+from unimega.hf.target import EXPORT, check_target, put, sync
 
 logger = log.get(__name__)
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -39,7 +39,7 @@ def export_adapter(
     Raises:
         CheckpointError: the checkpoint is damaged, its model has no LoRA or no export, or the target exists.
     """
-    partial = check_export(target, overwrite=overwrite)
+    partial = check_target(target, EXPORT, overwrite=overwrite)
     step, weights, spec, stored = open_step(path)
     if spec.lora is None:
         raise CheckpointError("--adapter: the checkpoint's model has no LoRA. Leave the option out.")

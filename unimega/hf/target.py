@@ -2,13 +2,14 @@
 
 import os
 import shutil
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from unimega.errors import CheckpointError
 
 MANIFEST = "unimega.json"
 """What says that a folder is an export of ours."""
-_LATEST = "latest"
 TOKENIZER_FOLDER = "tokenizer"
 """In a folder of steps that was imported: the tokenizer's files."""
 TOKENIZER_FILES = (
@@ -23,45 +24,76 @@ TOKENIZER_FILES = (
 )
 
 
-def check_checkpoint(target: Path, *, overwrite: bool) -> None:
-    """Refuse what is no place for an imported checkpoint.
+@dataclass(frozen=True)
+class Kind:
+    """What a conversion writes, and how its own folders are told from those of others."""
+
+    name: str
+    marker: str
+    """The first entry that is written, also of what is not whole yet."""
+    entries: tuple[str, ...]
+    """Patterns of all that there may be below the folder: nothing else is ever removed."""
+
+
+CHECKPOINT = Kind(
+    "a converted checkpoint",
+    marker="step-00000000",
+    entries=(
+        "latest",
+        "model.toml",
+        "step-00000000",
+        *(f"step-00000000/{name}" for name in ("__0_0.distcp", ".metadata*", "common.pt")),
+        *(f"step-00000000/{name}.json" for name in ("metadata", "model", "manifest")),
+        TOKENIZER_FOLDER,
+        *(f"{TOKENIZER_FOLDER}/{name}" for name in (*TOKENIZER_FILES, "config.json")),
+    ),
+)
+EXPORT = Kind(
+    "an export",
+    marker=MANIFEST,
+    entries=(
+        MANIFEST,
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "modeling_unix.py",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        *TOKENIZER_FILES,
+    ),
+)
+
+
+def check_target(target: Path, kind: Kind, *, overwrite: bool) -> Path:
+    """Refuse what is no place for a conversion; where to write until it is whole, and ``put`` takes it from there.
 
     Raises:
-        CheckpointError: something else is there, or a checkpoint that is not to be replaced.
+        CheckpointError: something else is there, one of the kind that is not to be replaced, or one with files that
+            no conversion wrote.
     """
     if not target.name:
-        raise CheckpointError(f"checkpoint {str(target)!r} has no name. Name a new folder.")
+        raise CheckpointError(f"{str(target)!r} has no name. Name a new folder.")
     _check_parents(target)
-    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not (target.is_dir() and (target / _LATEST).exists()):
-        raise CheckpointError(f"{str(target)!r} exists and is not a checkpoint. Name a new folder.")
-    if not overwrite:
+    place = target.resolve()  # of a link the folder is replaced, not the link
+    partial = place.with_name(f".{place.name}.partial")
+    if not _is_free(partial) and (not _is(partial, kind) or _strange(partial, kind)):
         raise CheckpointError(
-            f"{str(target)!r} holds a checkpoint already. Name a new folder, or replace it with --overwrite."
+            f"{str(partial)!r} is in the way and is not of a conversion that was killed. Move it, or name another."
         )
-
-
-def check_export(target: Path, *, overwrite: bool) -> Path:
-    """Refuse what is no place for an export; where to write until it is whole.
-
-    Raises:
-        CheckpointError: something else is there, or an export that is not to be replaced.
-    """
-    if not target.name:
-        raise CheckpointError(f"OUT={str(target)!r} has no name. Name a new folder.")
-    _check_parents(target)
-    partial = target.absolute().with_name(f"{target.name}.tmp")
-    if os.path.lexists(partial) and not (partial / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{str(partial)!r} is in the way and is not of a killed export. Move it, or name another."
-        )
-    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+    if _is_free(target):
         return partial
-    if not (target / MANIFEST).is_file():
-        raise CheckpointError(f"{str(target)!r} exists and is not an export. Name a new folder.")
+    if not _is(target, kind):
+        raise CheckpointError(f"{str(target)!r} exists and is not {kind.name}. Name a new folder.")
     if not overwrite:
-        raise CheckpointError(f"{str(target)!r} holds an export already. Name a new folder, or give --overwrite.")
+        raise CheckpointError(
+            f"{str(target)!r} holds {kind.name} already. Name a new folder, or replace it with --overwrite."
+        )
+    if strange := _strange(target, kind):
+        raise CheckpointError(
+            f"{str(target)!r} holds {strange!r}, which is no part of {kind.name} and would be lost. "
+            "Move it away, or name a new folder."
+        )
     return partial
 
 
@@ -76,12 +108,13 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 def put(partial: Path, target: Path) -> None:
     """Give the finished folder its name; what was there is away only once the new one is in place."""
     sync(partial)
-    old = partial.with_name(f"{target.name}.old-{os.getpid()}")
-    replaced = target.exists() and any(target.iterdir())
+    target = target.resolve()
+    old = partial.with_name(f".{target.name}.old-{os.getpid()}")
+    replaced = target.exists()
     if replaced:
         os.replace(target, old)
     os.replace(partial, target)
-    sync(target.absolute().parent)
+    sync(target.parent)
     if replaced:
         shutil.rmtree(old)
 
@@ -93,6 +126,21 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _is_free(place: Path) -> bool:
+    """Nothing is there, or an empty folder."""
+    return not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir()))
+
+
+def _is(folder: Path, kind: Kind) -> bool:
+    return folder.is_dir() and (folder / kind.marker).exists()
+
+
+def _strange(folder: Path, kind: Kind) -> str:
+    """Something below the folder that no conversion writes; empty: there is nothing."""
+    found = (one.relative_to(folder).as_posix() for one in folder.rglob("*"))
+    return next((name for name in found if not any(fnmatchcase(name, one) for one in kind.entries)), "")
 
 
 def _check_parents(target: Path) -> None:

@@ -17,7 +17,7 @@ from unimega.errors import CheckpointError, ConfigError
 from unimega.hf.convert import Part, Progress, write_checkpoint
 from unimega.hf.fate import Fate
 from unimega.hf.stored import StoredWeights, Unmade
-from unimega.hf.target import TOKENIZER_FOLDER, check_checkpoint
+from unimega.hf.target import CHECKPOINT, TOKENIZER_FOLDER, check_target
 from unimega.parallel import step_folder
 from unimega.parallel.initialize import deviation, draw, generator
 
@@ -84,7 +84,7 @@ def upcycle(
             or is one of them.
         ConfigError: keys that make no model.
     """
-    check_checkpoint(target, overwrite=overwrite)
+    place = check_target(target, CHECKPOINT, overwrite=overwrite)
     for origin in (path, *specialists):  # --overwrite would take away what it is made of
         if target.resolve() in (origin.resolve(), origin.resolve().parent):
             raise CheckpointError(f"{str(target)!r} is where {str(origin)!r} is read from. Name another folder.")
@@ -105,7 +105,14 @@ def upcycle(
     config = tokenizer / "config.json" if tokenizer and (tokenizer / "config.json").is_file() else None
     metadata = {**dense.stored, "spec": spec.to_dict(), "model": asdict(model)}
     write_checkpoint(
-        target, parts, metadata=metadata, model=model, tokenizer=tokenizer, config=config, progress=progress
+        target,
+        parts,
+        partial=place,
+        metadata=metadata,
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        progress=progress,
     )
     fates = [fate for part in parts for fate in part.fates] + work.dropped()
     return Upcycled(fates=fates, model=model, changes=_changes(spec, recipe, sources))
