@@ -355,7 +355,10 @@ def test_killed(place: Path, tmp_path: Path) -> None:
     [
         (["--preset", "unix", *ENDS], "--codebook is missing. Give the number of VQ codes"),
         (["--preset", "unix", "--codebook", "8"], "--encode-layers is missing. Preset 'unix' needs it."),
-        (["--preset", "unix", "--codebook", "8", "--encode-layers", "4", "--decode-layers", "4"], "is more than"),
+        (
+            ["--preset", "unix", "--codebook", "8", "--encode-layers", "4", "--decode-layers", "4"],
+            "than config.json's num_hidden_",
+        ),
         (["--preset", "onyx", "--codebook", "8"], "--preset='onyx' is unknown. Presets: dense, unix"),
         (["--preset", "dense", "--codebook", "8", *ENDS], "--encode-layers=2 is not a key of preset 'dense'"),
         (["--encode-layers", "2"], "--encode-layers is for the start of a model with images. Give --preset too."),

@@ -200,12 +200,18 @@ HUGGING_FACE = [
     ),
     (
         {"rope_parameters": {"rope_theta": 1e4}},
-        "c: rope_theta has 10000.0 and 1000000.0. Give one number, equal in rope_parameters and rope_theta.",
+        "c: rope_theta has 10000.0 and 1000000.0. Give one number above 0, equal in rope_parameters and rope_theta.",
     ),
     (
         {"rope_theta": None},
-        "c: rope_theta has no value. Give one number, equal in rope_parameters and rope_theta.",
+        "c: rope_theta has no value. Give one number above 0, equal in rope_parameters and rope_theta.",
     ),
+    (
+        {"rope_theta": -1},
+        "c: rope_theta has -1. Give one number above 0, equal in rope_parameters and rope_theta.",
+    ),
+    ({"rms_norm_eps": "1e-6"}, "c: 'rms_norm_eps' wants a number above 0, found '1e-6'."),
+    ({"tie_word_embeddings": 1}, "c: 'tie_word_embeddings' wants true or false, found 1."),
     (
         {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2},
         "c: sliding-window attention is not supported. Every layer must use full attention.",

@@ -181,6 +181,9 @@ def test_rope_of_transformers_5() -> None:
         ("hf_qwen3", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, ConfigError, "slid"),
         ("hf_qwen3", {"head_dim": None}, ConfigError, "head_dim"),
         ("hf_qwen3", {"hidden_act": "gelu"}, ConfigError, "hidden_act='gelu'"),
+        ("hf_qwen3", {"num_key_value_heads": 3}, ConfigError, "json: num_attention_heads=4 is not .* by num_key"),
+        ("hf_qwen3", {"head_dim": 5}, ConfigError, "^folder/config.json: head_dim=5 is odd"),
+        ("hf_qwen3_moe", {"num_experts_per_tok": 9}, ConfigError, "json: num_experts_per_tok=9 .* num_experts="),
         ("unix_x", {"vocab_size": 150}, CheckpointError, "need 160 rows, vocab_size=150 has fewer"),
         ("unix_x", {"real_text_vocab_size": None}, CheckpointError, "real_text_vocab_size=None is not an int"),
         ("unix_x", {"num_vision_encode_layers": 6}, CheckpointError, "are more than num_hidden_layers=6"),
@@ -194,8 +197,9 @@ def test_rope_of_transformers_5() -> None:
     ],
 )  # fmt: skip
 def test_config_that_is_refused(case: str, changes: dict[str, Any], error: type[Exception], line: str) -> None:
-    with pytest.raises(error, match=line):
+    with pytest.raises(error, match=line) as caught:
         source_of(case, **changes)
+    assert "model." not in str(caught.value)
 
 
 def test_separator_ids_that_are_refused() -> None:

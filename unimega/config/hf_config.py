@@ -1,5 +1,6 @@
 """The ``[model]`` keys that a Hugging Face config.json implies."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,9 +73,9 @@ def model_keys(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         "qk_norm": kind in ("qwen3", "qwen3_moe"),
         "qkv_bias": kind == "qwen2" or bias,
         "output_bias": kind != "qwen2" and bias,
-        "norm_eps": values.get("rms_norm_eps", _EPSILON.get(kind, 1e-6)),
+        "norm_eps": _epsilon(values, kind, where=where),
         "rope_theta": _rope_theta(values, _THETA.get(kind), where=where),
-        "tied": values.get("tie_word_embeddings", False),
+        "tied": _truth(values, "tie_word_embeddings", where=where),
         "vision_offset": _need(values, "vocab_size", where=where),
     }
     return keys | (_experts(values, kind, where=where) if kind in ("qwen3_moe", "mixtral") else {})
@@ -87,9 +88,7 @@ def _experts(values: Mapping[str, Any], kind: str, *, where: str) -> dict[str, A
     dense = None if is_mixtral else values.get("mlp_only_layers") or []
     if dense is not None and not (isinstance(dense, list) and all(type(one) is int for one in dense)):
         raise ConfigError(f"{where}: 'mlp_only_layers' wants a list of int, found {dense!r}.")
-    normalized = values.get("norm_topk_prob", False)
-    if type(normalized) is not bool:
-        raise ConfigError(f"{where}: 'norm_topk_prob' wants true or false, found {normalized!r}.")
+    normalized = _truth(values, "norm_topk_prob", where=where)
     return {
         "experts": _need(values, name, where=where),
         "expert_width": _need(values, "intermediate_size" if is_mixtral else "moe_intermediate_size", where=where),
@@ -108,6 +107,20 @@ def _need(values: Mapping[str, Any], name: str, *, where: str, default: int | No
             f"{where}: {name!r} wants a positive int, found {value!r}. Is this the config.json of a {kind}?"
         )
     return value
+
+
+def _truth(values: Mapping[str, Any], name: str, *, where: str) -> bool:
+    value = values.get(name, False)
+    if type(value) is not bool:
+        raise ConfigError(f"{where}: {name!r} wants true or false, found {value!r}.")
+    return value
+
+
+def _epsilon(values: Mapping[str, Any], kind: str, *, where: str) -> float:
+    value = values.get("rms_norm_eps", _EPSILON.get(kind, 1e-6))
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ConfigError(f"{where}: 'rms_norm_eps' wants a number above 0, found {value!r}.")
+    return float(value)
 
 
 def _refuse_sliding_windows(values: Mapping[str, Any], layers: int, *, where: str) -> None:
@@ -135,7 +148,11 @@ def _rope_theta(values: Mapping[str, Any], default: float | None, *, where: str)
             raise ConfigError(f"{where}: rope scaling {kind!r} is not supported. Only rope_type 'default' is.")
     given = [theta for theta in (parameters.get("rope_theta"), values.get("rope_theta")) if theta is not None]
     given = given or ([] if default is None else [default])
-    if not given or any(not isinstance(theta, int | float) or theta != given[0] for theta in given):
+    if not given or any(
+        type(theta) not in (int, float) or theta != given[0] or not 0 < theta < math.inf for theta in given
+    ):
         what = " and ".join(repr(theta) for theta in given) or "no value"
-        raise ConfigError(f"{where}: rope_theta has {what}. Give one number, equal in rope_parameters and rope_theta.")
+        raise ConfigError(
+            f"{where}: rope_theta has {what}. Give one number above 0, equal in rope_parameters and rope_theta."
+        )
     return float(given[0])

@@ -1,11 +1,49 @@
 """The JSON files of a Hugging Face folder. No torch, so that mistakes are answered at once."""
 
 import json
+import re
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from unimega.errors import CheckpointError
+
+_FIELDS = {
+    "num_layers": ("num_hidden_layers",),
+    "width": ("hidden_size",),
+    "heads": ("num_attention_heads",),
+    "kv_heads": ("num_key_value_heads",),
+    "head_width": ("head_dim",),
+    "ffn_width": ("intermediate_size",),
+    "output_bias": ("o_bias",),
+    "vision_offset": ("real_text_vocab_size", "vocab_size"),
+    "vision_ids": ("vision_token_ids", "vision_start_id"),
+    "experts": ("num_experts", "num_local_experts"),
+    "expert_width": ("moe_intermediate_size", "intermediate_size"),
+    "top_k": ("num_experts_per_tok",),
+    "dense_layers": ("mlp_only_layers",),
+    "sparse_every": ("decoder_sparse_step",),
+    "routed_scale": ("routed_scaling_factor",),
+    "groups": ("n_group",),
+    "group_topk": ("topk_group",),
+    "shared_expert_width": ("shared_expert_intermediate_size",),
+    "lora.alpha": ("lora_alpha",),
+    "lora.dropout": ("lora_dropout",),
+}
+"""Key of ``[model]`` -> fields of config.json that it is read from, the first there; others are called alike."""
+
+
+def in_its_words(text: str, config: Mapping[str, Any]) -> str:
+    """A line about keys of ``[model]`` as one about the fields of a config.json."""
+
+    def field(found: re.Match[str]) -> str:
+        key = found[1] or found[2]
+        names = _FIELDS.get(key, (key,))
+        return next((name for name in names if name in config), names[0])
+
+    bare = "|".join(key for key in _FIELDS if "_" in key and "." not in key)  # others are words, too
+    return re.sub(rf"\bmodel\.(lora\.\w+|\w+)|\b({bare})\b", field, text)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

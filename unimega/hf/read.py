@@ -13,9 +13,9 @@ from unimega.config.model import ModelSpec
 from unimega.config.presets import model_spec
 from unimega.config.schema import ModelConfig
 from unimega.config.strict import construct, partial
-from unimega.errors import CheckpointError, optional
+from unimega.errors import CheckpointError, ConfigError, optional
 from unimega.hf import export_experts, read_unimoe
-from unimega.hf.folder import tensor_names
+from unimega.hf.folder import in_its_words, tensor_names
 from unimega.hf.layout import Layout
 
 _FAMILIES = {
@@ -62,7 +62,7 @@ def describe(config: Mapping[str, Any], *, folder: Path, separator_ids: Sequence
     where = str(folder / "config.json")
     if read_unimoe.is_unimoe(config):
         keys = read_unimoe.model_keys(config, tensor_names(folder), where=where)
-        return _source(keys | {"codebook": 0}, Layout(family="unimoe"), "Uni-MoE", where=where)
+        return _source(keys | {"codebook": 0}, Layout(family="unimoe"), "Uni-MoE", config=config, where=where)
     architecture = _architecture(config, where=where)
     family = _FAMILIES[architecture]
     if family in (*_PLAIN, "uni_x") and separator_ids is not None:
@@ -88,12 +88,19 @@ def describe(config: Mapping[str, Any], *, folder: Path, separator_ids: Sequence
         keys["vision_ids"] = _vision_ids(config, keys, folder=folder, where=where, separator_ids=separator_ids)
         keys |= _VARIANTS[family](config, where=where)
         layout = Layout(family=family, encode=keys.get("encode_layers", 0))  # type: ignore[arg-type]
-    return _source(keys, layout, architecture, where=where)
+    return _source(keys, layout, architecture, config=config, where=where)
 
 
-def _source(keys: Mapping[str, Any], layout: Layout, architecture: str, *, where: str) -> Source:
-    model = construct(ModelConfig, partial(ModelConfig, keys, where=where), where=where)
-    model_rules.check(model)
+def _source(
+    keys: Mapping[str, Any], layout: Layout, architecture: str, *, config: Mapping[str, Any], where: str
+) -> Source:
+    try:
+        known = partial(ModelConfig, keys, prefix="model.", where=where)
+        model = construct(ModelConfig, known, prefix="model.", where=where)
+        model_rules.check(model)
+    except ConfigError as error:
+        line = in_its_words(str(error), config).removeprefix(f"{where}: ")
+        raise ConfigError(f"{where}: {line}") from error
     return Source(model=model, spec=model_spec(model), layout=layout, architecture=architecture)
 
 

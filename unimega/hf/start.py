@@ -12,6 +12,7 @@ from unimega.config.schema import ModelConfig
 from unimega.config.strict import partial
 from unimega.data.tokenize import TextTokenizer, locate
 from unimega.errors import CheckpointError, ConfigError
+from unimega.hf.folder import in_its_words
 from unimega.hf.layout import Layout
 from unimega.hf.read import Source, describe
 
@@ -88,7 +89,7 @@ def describe_start(
         model = replace(base.model, **partial(ModelConfig, given | vocabulary, where="command line"))
         model_rules.check(model)
     except ConfigError as error:
-        raise ConfigError(_as_options(str(error))) from error
+        raise ConfigError(_as_options(str(error), config)) from error
     copies_text = model.init_vision == "text"
     model = replace(model, init_vision="random")  # of a run without a checkpoint to start from
     text_rows, old_rows = base.model.vision_offset, base.spec.vocabulary.rows
@@ -116,9 +117,14 @@ def _check_experts(base: Source, preset: str) -> None:
         raise CheckpointError(f"--preset={preset!r}: a {base.architecture} has routed experts. Use --preset moe.")
 
 
-def _as_options(text: str) -> str:
-    """A line about keys of ``[model]`` in the words of the command."""
-    text = re.sub(r"\bmodel\.(\w+)", lambda found: f"--{found[1].replace('_', '-')}", text)
+def _as_options(text: str, config: Mapping[str, Any]) -> str:
+    """A line about keys of ``[model]`` in the words of the command, or of config.json where they are not asked for."""
+
+    def name(found: re.Match[str]) -> str:
+        is_option = found[1] in KEYS
+        return f"--{found[1].replace('_', '-')}" if is_option else f"config.json's {in_its_words(found[0], config)}"
+
+    text = re.sub(r"\bmodel\.(\w+)", name, text)
     return text.replace(": set it in [model].", ".")
 
 
