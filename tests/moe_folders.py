@@ -16,27 +16,33 @@ _sizes: dict[str, Any] = {
     "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
 }
-_qwen: dict[str, Any] = _sizes | {"head_dim": 12, "num_experts": 4, "moe_intermediate_size": 16}
+QWEN: dict[str, Any] = _sizes | {"head_dim": 12, "num_experts": 4, "moe_intermediate_size": 16}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, dense among sparse, tied": (
         "Qwen3Moe",
-        _qwen | {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": True, "tie_word_embeddings": True},
+        QWEN | {"num_hidden_layers": 3, "mlp_only_layers": [1, 7], "norm_topk_prob": True, "tie_word_embeddings": True},
     ),
     "qwen3_moe, every second, not normalised": (
         "Qwen3Moe",
-        _qwen | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "attention_bias": True},
+        QWEN | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "attention_bias": True},
     ),
     "mixtral": ("Mixtral", _sizes | {"num_hidden_layers": 2, "num_local_experts": 4}),
 }
+NO_SPARSE = {"decoder_sparse_step": 3, "mlp_only_layers": [5]}, {"mlp_only_layers": [0, 1]}, {"num_experts": 0}
+"""Of a Qwen3-MoE of two layers: transformers gives each an FFN."""
 
 
 def make(case: str) -> Any:
     """The model of transformers, with weights that a swapped or dropped tensor shows in."""
+    return make_of(*CASES[case])
+
+
+def make_of(kind: str, options: dict[str, Any]) -> Any:
+    """``make`` of what is not in the table."""
     import transformers
 
-    kind, options = CASES[case]
     config = getattr(transformers, f"{kind}Config")(**options)
-    torch.manual_seed(len(case))
+    torch.manual_seed(len(options))
     model = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, values in model.named_parameters():

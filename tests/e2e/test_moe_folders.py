@@ -44,6 +44,13 @@ def folders(place: Path) -> dict[str, Any]:
             model.save_pretrained(place / kind / case, save_original_format=original)
             where[f"{kind}/{case}"] = place / kind / case
         found[case] = moe_folders.answers(model)
+    for number, options in enumerate(moe_folders.NO_SPARSE):
+        model = moe_folders.make_of("Qwen3Moe", moe_folders.QWEN | {"num_hidden_layers": 2} | options)
+        where[f"no sparse {number}"] = place / f"no sparse {number}"
+        model.save_pretrained(where[f"no sparse {number}"])
+        with torch.no_grad():
+            asked = moe_folders.inputs()
+            found[f"no sparse {number}"] = model(torch.from_numpy(asked.ids)).logits
     where["oracle"] = oracle.whole_folder("hf_qwen3_moe", place / "oracle")
     moe_folders.imported(where, place / "checkpoints")
     return found
@@ -73,6 +80,10 @@ def on_one_rank(checkpoints: Path) -> Any:
     out = {case: evaluate(checkpoints / "hf" / case, ParallelConfig(), asked, True) for case in CASES}
     ids = expected["input_ids"]
     plain = Inputs(ids=ids, documents=np.ones_like(ids), targets=None)
+    asked = Inputs(ids=asked.ids, documents=np.ones_like(asked.ids), targets=None)
+    for number in range(len(moe_folders.NO_SPARSE)):
+        name = f"no sparse {number}"
+        out[name] = evaluate(checkpoints / name, ParallelConfig(), asked, False)
     return out | {"oracle": evaluate(checkpoints / "oracle", ParallelConfig(), plain, False)}
 
 
@@ -106,6 +117,19 @@ def test_equals_the_oracle(computed: Any) -> None:
     for name in ("logits", "router_logits"):
         assert np.abs(got[name] - want[name]).max() <= LOGITS, name
     assert got["router_loss"] == pytest.approx(want["aux_loss"], abs=LOSS)
+
+
+@pytest.mark.parametrize("number", range(len(moe_folders.NO_SPARSE)))
+def test_without_a_sparse_layer(folders: Any, computed: Any, place: Path, number: int) -> None:
+    """transformers builds it of FFNs alone; so do we, and a Qwen3 holds it."""
+    from unimega.hf.export import export_checkpoint
+
+    name = f"no sparse {number}"
+    assert np.abs(computed[name]["logits"] - folders[name].numpy()).max() <= LOGITS
+    done = export_checkpoint(place / "checkpoints" / name, place / "out" / name)
+    want, got = (load_file(where / name / "model.safetensors") for where in (place, place / "out"))
+    assert done.model_type == "qwen3" and got.keys() == want.keys()
+    assert all(torch.equal(got[tensor], want[tensor]) for tensor in want)
 
 
 def test_layouts_give_the_same(folders: Any, place: Path) -> None:

@@ -279,8 +279,8 @@ def test_a_hugging_face_config_is_for_the_preset(tmp_path):
     ("config", "line"),
     [
         (
-            {**QWEN3_MOE, "num_experts": 0},
-            "c: 'num_experts' wants a positive int, found 0. Is this the config.json of a qwen3_moe?",
+            {**QWEN3_MOE, "num_experts": -1},
+            "c: 'num_experts' wants a positive int, found -1. Is this the config.json of a qwen3_moe?",
         ),
         ({**QWEN3_MOE, "mlp_only_layers": 1}, "c: 'mlp_only_layers' wants a list of int, found 1."),
         ({**QWEN3_MOE, "norm_topk_prob": "false"}, "c: 'norm_topk_prob' wants true or false, found 'false'."),

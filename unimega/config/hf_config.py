@@ -32,7 +32,7 @@ KEYS = frozenset(
 )
 """What ``model_keys`` returns of every model."""
 EXPERT_KEYS = frozenset({"experts", "expert_width", "top_k", "normalize_weights", "dense_layers", "sparse_every"})
-"""What it returns beside them of one with routed experts."""
+"""What it returns beside them of one with a layer of routed experts."""
 
 
 def model_keys(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -78,24 +78,31 @@ def model_keys(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         "tied": _truth(values, "tie_word_embeddings", where=where),
         "vision_offset": _need(values, "vocab_size", where=where),
     }
-    return keys | (_experts(values, kind, where=where) if kind in ("qwen3_moe", "mixtral") else {})
+    return keys | (_experts(values, kind, layers, where=where) if kind in ("qwen3_moe", "mixtral") else {})
 
 
-def _experts(values: Mapping[str, Any], kind: str, *, where: str) -> dict[str, Any]:
-    """A Mixtral's layers all have experts, whose weights always sum to 1; both spell their number in two ways."""
+def _experts(values: Mapping[str, Any], kind: str, layers: int, *, where: str) -> dict[str, Any]:
+    """A Mixtral's layers all have experts, whose weights always sum to 1; both spell their number in two ways.
+
+    A Qwen3-MoE may list layers that it does not have, and have no layer with experts: then there are no keys.
+    """
     name = next((one for one in ("num_experts", "num_local_experts") if one in values), "num_experts")
     is_mixtral = kind == "mixtral"
-    dense = None if is_mixtral else values.get("mlp_only_layers") or []
-    if dense is not None and not (isinstance(dense, list) and all(type(one) is int for one in dense)):
+    dense = (not is_mixtral and values.get("mlp_only_layers")) or []
+    if not isinstance(dense, list) or not all(type(one) is int for one in dense):
         raise ConfigError(f"{where}: 'mlp_only_layers' wants a list of int, found {dense!r}.")
     normalized = _truth(values, "norm_topk_prob", where=where)
+    every = 1 if is_mixtral else _need(values, "decoder_sparse_step", where=where, default=1)
+    none = values.get(name) == 0 and not is_mixtral
+    if none or all((i + 1) % every or i in dense for i in range(layers)):
+        return {}
     return {
         "experts": _need(values, name, where=where),
         "expert_width": _need(values, "intermediate_size" if is_mixtral else "moe_intermediate_size", where=where),
         "top_k": _need(values, "num_experts_per_tok", where=where),
         "normalize_weights": is_mixtral or normalized,
-        "dense_layers": tuple(dense or ()),
-        "sparse_every": 1 if is_mixtral else _need(values, "decoder_sparse_step", where=where, default=1),
+        "dense_layers": tuple(one for one in dense if 0 <= one < layers),
+        "sparse_every": every,
     }
 
 

@@ -76,7 +76,7 @@ def describe(config: Mapping[str, Any], *, folder: Path, separator_ids: Sequence
     elif family == "uni_x" and config["variant"] == "routed":
         keys |= _codes(config, where=where)
         names = ("text", "vision") if keys["codebook"] else ("text",)
-        keys |= export_experts.model_keys(config, names, where=where)
+        keys |= export_experts.model_keys(config, names, where=where) if "experts" in keys else {"preset": "dense"}
     elif family == "uni_x":
         family = config["variant"]
         keys |= _codes(config, where=where) | _VARIANTS[family](config, where=where)
