@@ -181,6 +181,27 @@ def changed(place: Path, target: Path, tensors: Any = lambda tensors: None, **co
     return target
 
 
+def test_experts_of_several_dtypes_are_widened_with_a_word(
+    folders: Any, place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No value is rounded, as loading with the wider dtype does not."""
+    from unimega.hf.export import export_checkpoint
+
+    def narrow(held: dict[str, torch.Tensor]) -> None:
+        held |= {name: values.bfloat16() for name, values in held.items() if ".mlp.experts.2." in name}
+
+    folder = changed(place, tmp_path / "mixed", narrow)
+    oracle.import_folder(folder, tmp_path / "checkpoint")
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("unimega")]
+    assert said == [
+        f"{folder}: what layers.0.ffn.experts.gate.weight (and 5 more) is made of is bfloat16 and float32: "
+        "float32 is taken, which holds all values"
+    ]
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    want, got = (load_file(tmp_path / name / "model.safetensors") for name in ("mixed", "out"))
+    assert all(got[name].dtype == torch.float32 and torch.equal(got[name], want[name].float()) for name in want)
+
+
 def test_what_does_not_fit_is_one_line(folders: Any, place: Path, tmp_path: Path) -> None:
     lost = changed(place, tmp_path / "lost", lambda held: held.pop("model.layers.2.mlp.experts.3.up_proj.weight"))
     fewer, more = (changed(place, tmp_path / f"{n}", num_local_experts=n) for n in (3, 5))

@@ -75,6 +75,7 @@ def import_folder(
     weights = Tensors(Weights(folder), base.layout.family)
     names = whole_table(base.spec, base.layout)
     names.check_folder(weights, shapes=weights.shapes)
+    _warn_of_mixed(names.rows, weights, folder)
     if isinstance(what, Start):
         parts = [_started(recipe, weights, what, seed) for recipe in start_weights.recipes(what)]
     else:
@@ -181,6 +182,21 @@ def _dtype(names: Iterable[str], weights: Tensors) -> torch.dtype:
     for one in others:
         first = torch.promote_types(first, one)
     return first
+
+
+def _warn_of_mixed(rows: Sequence[Row], weights: Tensors, folder: Path) -> None:
+    """One line on tensors that are joined and differ in type: no value is rounded, but some take more room."""
+    mixed = [row for row in rows if len({weights.dtypes[name] for name in row.names}) > 1]
+    if mixed:
+        kinds = sorted({str(weights.dtypes[name]).removeprefix("torch.") for name in mixed[0].names})
+        logger.warning(
+            "%s: what %s%s is made of is %s: %s is taken, which holds all values",
+            folder,
+            mixed[0].key,
+            f" (and {len(mixed) - 1} more)" if len(mixed) > 1 else "",
+            " and ".join(kinds),
+            str(_dtype(mixed[0].names, weights)).removeprefix("torch."),
+        )
 
 
 def _watched(parts: Sequence[Part], progress: Progress) -> dict[str, Unmade]:
