@@ -147,13 +147,12 @@ class View:
     """What layers have attended to so far, if somebody asked."""
 
 
-def view_of(group_BT: Tensor, group_BS: Tensor, *, past: int, implementation: str, dtype: torch.dtype) -> View:
+def view_of(group_BS: Tensor, *, queries: slice, implementation: str, dtype: torch.dtype) -> View:
     """A query sees the keys of its group up to its own place. Group 0 is pads, whose outputs mean nothing."""
     if "flash" in implementation:
-        return View(packing=_packing(group_BT, group_BS))
+        return View(packing=_packing(group_BS[:, queries], group_BS))
     places_S = torch.arange(group_BS.shape[1], device=group_BS.device)
-    places_T = places_S[past : past + group_BT.shape[1]]
-    mask = (group_BT[:, :, None] == group_BS[:, None]) & (places_S <= places_T[:, None])
+    mask = (group_BS[:, queries, None] == group_BS[:, None]) & (places_S <= places_S[queries, None])
     mask = mask[:, None]
     if implementation != "sdpa":
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
@@ -175,7 +174,7 @@ def documents_of(attention_mask: Tensor | None, position_ids: Tensor | None, pas
 
 def _packing(group_BT: Tensor, group_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The queries of a group are its last keys, so kernels that align causality bottom-right need lengths alone."""
-    base = int(torch.maximum(group_BT.max(), group_BS.max())) + 1
+    base = int(group_BS.max()) + 1
     row = base * torch.arange(len(group_BT), device=group_BT.device)[:, None]
     queries, keys = (torch.where(group > 0, group + row, 0).flatten() for group in (group_BT, group_BS))
     keys = torch.where(torch.isin(keys, queries), keys, 0)
@@ -333,7 +332,7 @@ class UniXAttention(nn.Module):
         Weights [B, H, T, S] are noted in the view, if it asks for them and the implementation has them.
         """
         qkv = qkv.transpose(1, 2)
-        keys = qkv.shape[1] // (self.num_key_value_groups + 2)
+        keys = self.config.num_key_value_heads
         turned, v = qkv.split([qkv.shape[1] - keys, keys], dim=1)
         cos, sin = (part[:, None] for part in rotary)
         turned = turned * cos + rotate_half(turned) * sin
@@ -412,8 +411,6 @@ class UniXPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
-    _supports_flex_attn = False
-    _can_compile_fullgraph = False
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["e_score_correction_bias"]
 
     @classmethod
@@ -513,8 +510,7 @@ class UniXModel(UniXPreTrainedModel):
                 states.append(x)
             twin = self._twin(i)
             if twin is None:
-                options = {"rotary": rotary, "view": views[0], "past_key_values": past_key_values}
-                x = layer(x, modalities=modalities, **options)
+                x = layer(x, modalities=modalities, rotary=rotary, view=views[0], past_key_values=past_key_values)
                 continue
             if skip is not None and i - self.decode == self.config.skip_connection_loc:
                 x = torch.where(vision_mask[..., None], x + skip, x)
@@ -554,18 +550,18 @@ class UniXModel(UniXPreTrainedModel):
         is_plain = bool((documents == 1).all())
         documents = nn.functional.pad(documents, (0, max(0, room - seen)))
         implementation = self.config._attn_implementation or "eager"
-        make = partial(view_of, past=past, implementation=implementation, dtype=dtype)
+        make = partial(view_of, queries=slice(past, seen), implementation=implementation, dtype=dtype)
         places = {"cache_position": torch.arange(past, seen, device=documents.device)}
         # Without a mask sdpa aligns causality top-left, and no kernel knows what part of a cache is only allocated.
         is_causal = "flash" in implementation or (implementation == "sdpa" and (past == 0 or length == 1))
-        whole = View() if is_plain and is_causal and not room else make(documents[:, past:seen], documents)
+        whole = View() if is_plain and is_causal and not room else make(documents)
         whole = replace(whole, places=places)
         if not self.has_twins:
             return whole, whole
         if cache is not None:
             is_vision = self._remember(cache, is_vision, places)
         groups = torch.where(documents > 0, 2 * documents + is_vision, 0)
-        return whole, replace(make(groups[:, past:seen], groups), places=places)
+        return whole, replace(make(groups), places=places)
 
     def _remember(self, cache: Cache, is_vision_BT: Tensor, places: dict[str, Tensor]) -> Tensor:
         """Put these tokens' modality into the layer behind the last one; that of all tokens, [B, S]."""
@@ -612,7 +608,6 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
     def __init__(self, config: UniXConfig) -> None:
         super().__init__(config)
         self.model = UniXModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
