@@ -22,7 +22,7 @@ setup: $(STAMP)
 
 # torch goes first and alone: a range in pyproject.toml would take the newest build with all of CUDA.
 # Scripts in .venv/bin are never called: their first line cannot hold a path with a space.
-$(STAMP): pyproject.toml setup.py csrc/data_index.cpp csrc/routing.cpp
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp)
 	@set -e; found=; \
 	for python in $(if $(PYTHON),"$(PYTHON)",python3 python3.12 python3.11); do \
 	  if "$$python" -c '$(SUPPORTED)' 2>/dev/null; then found="$$python"; break; fi; \

@@ -16,13 +16,17 @@ def extensions() -> list[Extension]:
     except ImportError:
         print("unimega: pybind11 is not installed, csrc/*.cpp is left out", file=sys.stderr)
         return []
-    flags = ["/std:c++17", "/O2"] if sys.platform == "win32" else ["-std=c++17", "-O3", "-fvisibility=hidden"]
+    flags = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden"]
+    if sys.platform == "win32":
+        flags = ["/std:c++17", "/O2"]
+    threads = ["-fopenmp"] if sys.platform == "linux" else []
     return [
         Extension(
             "unimega._data_index",
-            sources=["csrc/data_index.cpp", "csrc/routing.cpp"],
+            sources=["csrc/data_index.cpp", "csrc/routing.cpp", "csrc/softmax.cpp"],
             include_dirs=[pybind11.get_include()],
-            extra_compile_args=flags,
+            extra_compile_args=flags + threads,
+            extra_link_args=threads,
             language="c++",
             optional=True,
         )

@@ -366,6 +366,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         linear_cross_entropy_case("z loss", 13, 24, 57, 3, chunk=5, z_loss=0.03),
         linear_cross_entropy_case("int64 labels", 9, 17, 41, 7, dtype=torch.int64),
         linear_cross_entropy_case("strided", 9, 17, 41, 7, strided=True, chunk=4),
+        linear_cross_entropy_case("slices of the vocabulary", 4, 3, 4200, 3, chunk=3, z_loss=0.01),
         linear_cross_entropy_case("no rows", 0, 8, 11, 1),
     ),
     **moe_cases.CASES,

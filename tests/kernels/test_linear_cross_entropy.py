@@ -11,6 +11,8 @@ from tests.distributed.harness import run_dist
 from tests.kernels.cases import linear_cross_entropy as definition
 from tests.kernels.cases import noise
 from tests.tolerances import assert_as_good_as
+from unimega.kernels import compiled as helper
+from unimega.kernels import linear_cross_entropy_cpu as cpu
 from unimega.kernels import registry
 
 CPU = torch.device("cpu")
@@ -108,12 +110,60 @@ def test_logits_are_never_whole() -> None:
     assert seen.largest == 800
 
 
-def test_large_logits_do_not_overflow() -> None:
+needs_extension = pytest.mark.skipif(helper.module is None, reason="unimega._data_index is not compiled")
+IMPLEMENTATIONS = ["reference", "cpu", pytest.param("cpp", marks=needs_extension)]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_large_logits_do_not_overflow(impl: str) -> None:
     x, weight, labels, token_weights = inputs(13, 7)
     x, weight = (x * 1e3).requires_grad_(), weight.requires_grad_()
-    op = registry.resolve("linear_cross_entropy", device=CPU, impl="reference")
+    op = registry.resolve("linear_cross_entropy", device=CPU, impl=impl)
     loss, _ = op(x, weight, labels, token_weights, group=None, vocab_start=0, vocab_rows=13)
     loss.backward()
     assert x.grad is not None
     assert torch.isfinite(loss)
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_that_is_no_number_is_one(impl: str, dtype: torch.dtype) -> None:
+    x, weight, labels, token_weights = inputs(13, 7)
+    x[4, 0] = torch.nan
+    x, weight = x.to(dtype).requires_grad_(), weight.to(dtype)
+    op = registry.resolve("linear_cross_entropy", device=CPU, impl=impl)
+    loss, ce = op(x, weight, labels, token_weights, group=None, vocab_start=0, vocab_rows=13)
+    (dx,) = torch.autograd.grad(loss, x)
+    assert ce.isnan().nonzero().flatten().tolist() == [4]
+    assert dx.isnan().any(1).nonzero().flatten().tolist() == [4]
+
+
+@needs_extension
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_passes_equal_those_in_torch(dtype: torch.dtype, threads: int) -> None:
+    """Far more logits than a thread is worth, columns that no vector and no thread divides."""
+    rows, columns, before = 1500, 203, torch.get_num_threads()
+    logits = (20 * noise(rows, columns)).to(dtype)
+    logits[:, 5] = -torch.inf
+    logits[7, 5] = 3.0
+    labels = torch.arange(columns) * 37 % (2 * rows) - rows // 2
+    lse, slope, hit = logits.float().logsumexp(0), noise(columns).abs().float(), noise(columns, seed=1).float()
+    made = []
+    torch.set_num_threads(threads)
+    try:
+        eager, compiled = (cpu.statistics, cpu.gradient), (cpu.compiled_statistics, cpu.compiled_gradient)
+        for statistics, gradient in (eager, compiled):
+            top, total = torch.full((columns,), torch.finfo(torch.float32).min), torch.zeros(columns)
+            for low in (0, 400, 1100):
+                statistics(logits[low : {0: 400, 400: 1100, 1100: rows}[low]], top, total)
+            out = torch.empty_like(logits)
+            gradient(logits, out, labels, lse, slope, hit)
+            made.append((top, total, out))
+    finally:
+        torch.set_num_threads(before)
+    (top, total, out), (own_top, own_total, own_out) = made
+    assert torch.equal(own_top, top)
+    torch.testing.assert_close(own_total, total, rtol=2e-6, atol=0)
+    torch.testing.assert_close(own_out.float(), out.float(), rtol=torch.finfo(dtype).eps * 8, atol=1e-30)

@@ -132,8 +132,8 @@ needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is
 @needs_make
 def test_setup_refuses_an_unsupported_python_in_one_line(tmp_path):
     folder = tmp_path / "a b"
-    for name in ("Makefile", "pyproject.toml", "setup.py", "csrc/data_index.cpp", "csrc/routing.cpp"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, folder / name)
     old = tmp_path / "old python"
     old.write_text("#!/bin/sh\nexit 1\n")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-FUNCTIONS = ("expert_order", "topk")
+FUNCTIONS = ("expert_order", "topk", "softmax_statistics_bfloat16")
 
 
 def _load() -> Any:

@@ -10,8 +10,8 @@ weight: [v, D], this rank's rows of the vocabulary, ids ``vocab_start .. vocab_s
 from ``vocab_rows`` on are padding: no part in the softmax, zero gradient.
 labels: int [n], global ids below ``vocab_rows``. token_weights: float [n].
 group: None or a ProcessGroup over which the vocabulary is cut.
-chunk: rows at a time, the same on all ranks; None: so many that their logits take 64 MiB, but at least 512: each chunk
-reads and rewrites the whole fp32 weight gradient.
+chunk: rows at a time, the same on all ranks; None: so many that their logits take 96 MiB on a CPU and 1 GiB elsewhere,
+but at least 1024: each chunk reads and rewrites the whole fp32 weight gradient.
 loss: scalar, the same on all ranks. ce: [n], detached. Both fp32 (fp64 for fp64).
 Gradients: of x, this rank's part, which the caller sums over ``group``; of weight. With p the softmax,
 ``dlogits = w (p (1 + 2 z lse) - onehot(label))``, ``dx = dlogits W``, ``dW = dlogits^T x``.
@@ -23,23 +23,50 @@ Operations: 2 n v D for the loss, 4 n v D for the gradients. Collectives: one al
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from unimega.kernels import compiled as helper
 from unimega.kernels import registry
 from unimega.kernels.precision import widen
 
-_LOGITS_BYTES = 64 * 2**20
-_FEWEST_ROWS = 512
+_LOGITS_BYTES, _LOGITS_BYTES_ON_CPU = 2**30, 96 * 2**20
+_FEWEST_ROWS = 1024
 _SLICE_ELEMENTS = 2**21
 
 Statistics = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
 Gradient = Callable[[torch.Tensor, Any, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
-AtOnce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
-Passes = tuple[Statistics, Gradient, AtOnce | None, dist.ProcessGroup | None, float]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The rows of one turn: c of n, of which an implementation makes cross-entropy, lse and gradients."""
+
+    x: torch.Tensor
+    """[c, D]."""
+    weight: torch.Tensor
+    """[real, D]: this rank's rows of the vocabulary without padding; there may be none."""
+    labels: torch.Tensor
+    """int [c], relative to the first row of ``weight``, and out of range where another rank has them."""
+    token_weights: torch.Tensor
+    """fp32 [c]."""
+    logits: torch.Tensor
+    """[c * real] in the dtype of x: memory that all chunks share."""
+    dx: torch.Tensor | None
+    """[c, D] to be written, or None where it is not needed."""
+    dw: torch.Tensor | None
+    """fp32 [real, D], to which this chunk's part is added, or None where it is not needed."""
+    first: bool
+    """Whether ``dw`` holds nothing yet and is to be written."""
+    group: dist.ProcessGroup | None
+    z_loss: float
+
+
+Compute = Callable[[Chunk], tuple[torch.Tensor, torch.Tensor]]
 
 
 def reference(
@@ -56,12 +83,12 @@ def reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the module: the definition in plain torch."""
     sizes = (vocab_start, vocab_rows, chunk)
-    return in_chunks(statistics, gradient, x, weight, labels, token_weights, *sizes, group=group, z_loss=z_loss)
+    compute = by_rows(statistics, gradient)
+    return in_chunks(compute, x, weight, labels, token_weights, *sizes, group=group, z_loss=z_loss)
 
 
 def in_chunks(
-    statistics: Statistics,
-    gradient: Gradient,
+    compute: Compute,
     x: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
@@ -72,21 +99,17 @@ def in_chunks(
     *,
     group: dist.ProcessGroup | None,
     z_loss: float,
-    at_once: AtOnce | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op, from an implementation's two passes over the logits of a chunk.
-
-    Args:
-        at_once: both passes in one, (logits, labels, token_weights, z_loss) -> lse, target: for a vocabulary that is
-            not cut, which no collective comes between.
-    """
+    """The op, from what an implementation does with a chunk: cross-entropy [c] and lse [c], and its gradients."""
     if chunk is None:  # from sizes that are equal on all ranks, or they would enter different numbers of collectives
-        chunk = max(_FEWEST_ROWS, _LOGITS_BYTES // (weight.shape[0] * max(4, x.element_size())))
-    at_once = at_once if group is None or group.size() == 1 else None
+        total = _LOGITS_BYTES_ON_CPU if x.device.type == "cpu" else _LOGITS_BYTES
+        chunk = max(_FEWEST_ROWS, total // (weight.shape[0] * x.element_size()) // _FEWEST_ROWS * _FEWEST_ROWS)
     needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     real = min(max(vocab_rows - vocab_start, 0), weight.shape[0])
-    passes = (statistics, gradient, at_once, group, z_loss)
-    return _LinearCrossEntropy.apply(x, weight, labels, token_weights, passes, vocab_start, real, chunk, needs)
+    compute = compute if real else _padding_alone
+    return _LinearCrossEntropy.apply(
+        x, weight, labels, token_weights, compute, vocab_start, real, chunk, needs, group, z_loss
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -97,28 +120,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         labels: torch.Tensor,
         token_weights: torch.Tensor,
-        passes: Passes,
+        compute: Compute,
         start: int,
         real: int,
         chunk: int,
         needs: tuple[bool, bool],
+        group: dist.ProcessGroup | None,
+        z_loss: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = x.shape[0]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        ce = torch.empty(x.shape[0], dtype=dtype, device=x.device)
+        ce = torch.empty(rows, dtype=dtype, device=x.device)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
-        dw = torch.zeros(weight.shape, dtype=dtype, device=x.device) if needs[1] else None
+        dw = torch.empty(weight.shape, dtype=dtype, device=x.device) if needs[1] else None
+        if dw is not None:
+            dw[real if rows else 0 :].zero_()
         token_weights = token_weights.to(dtype)
         loss = token_weights.new_zeros(())
-        buffer = x.new_empty(min(chunk, x.shape[0]), real)  # for all chunks: fresh pages cost a CPU a tenth of a GEMM
-        for low in range(0, x.shape[0], chunk):
-            part = slice(low, min(low + chunk, x.shape[0]))
-            dlogits = torch.mm(x[part], weight[:real].t(), out=buffer[: part.stop - low])
-            ce[part], lse = _chunk(dlogits, labels[part] - start, token_weights[part], passes, any(needs))
-            loss += torch.dot(token_weights[part], ce[part] if not passes[-1] else ce[part] + passes[-1] * lse.square())
-            if dx is not None:
-                torch.mm(dlogits, weight[:real], out=dx[part])
-            if dw is not None:
-                _add_product(dw[:real], dlogits, x[part])
+        logits = x.new_empty(min(chunk, rows) * real)  # for all chunks: fresh pages cost a CPU a tenth of a GEMM
+        for low in range(0, rows, chunk):
+            part = slice(low, min(low + chunk, rows))
+            own = Chunk(
+                x[part],
+                weight[:real],
+                labels[part] - start,
+                token_weights[part],
+                logits[: (part.stop - low) * real],
+                None if dx is None else dx[part],
+                None if dw is None else dw[:real],
+                low == 0,
+                group,
+                z_loss,
+            )
+            ce[part], lse = compute(own)
+            loss += torch.dot(own.token_weights, ce[part] if not z_loss else ce[part] + z_loss * lse.square())
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(ce)
@@ -130,16 +165,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, dw = ctx.saved_tensors
         dx = None if dx is None else dx * d_loss.to(dx.dtype)
         dw = None if dw is None else _scaled(dw, d_loss, ctx.weight_dtype)
-        return dx, dw, None, None, None, None, None, None, None
-
-
-def _add_product(out: torch.Tensor, dlogits: torch.Tensor, x: torch.Tensor) -> None:
-    """``out [v, D] += dlogits^T x`` in fp32, slice by slice where the product is made in fewer bits beforehand."""
-    if x.dtype == out.dtype:
-        out.addmm_(dlogits.t(), x)
-        return
-    for part in _slices(out):
-        out[part] += dlogits[:, part].t() @ x
+        return dx, dw, *(None,) * 9
 
 
 def _scaled(dw: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -156,26 +182,44 @@ def _slices(dw: torch.Tensor) -> Iterator[slice]:
     return (slice(low, low + step) for low in range(0, len(dw), step))
 
 
-def _chunk(
-    logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor, passes: Passes, needs_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy [c], lse [c]; logits [c, real] become their gradient (or nothing of use).
-
-    Labels are relative to the first column, and out of range where another rank has them.
-    """
-    statistics, gradient, at_once, group, z_loss = passes
-    rows, real = logits.shape
-    if at_once is not None and needs_gradient and real > 0:
-        lse, target = at_once(logits, labels, token_weights, z_loss)
-        return lse - target, lse
-    if real > 0:
-        mine, state = statistics(logits, labels)
-    else:  # a rank of padding alone still takes part in the collective
-        mine = token_weights.new_tensor((-torch.inf, 0.0, 0.0)).repeat(rows, 1).t().contiguous()
-    lse, target = _combine(mine, group)
-    if needs_gradient and real > 0:
-        gradient(logits, state, labels, lse, token_weights, z_loss)
+def _padding_alone(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+    """For a rank without a row of the vocabulary: it still takes part in the collective."""
+    if chunk.dx is not None:
+        chunk.dx.zero_()
+    mine = chunk.token_weights.new_tensor((-torch.inf, 0.0, 0.0)).repeat(len(chunk.x), 1).t().contiguous()
+    lse, target = combine(mine, chunk.group)
     return lse - target, lse
+
+
+def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """``out += a @ b``, or ``out = a @ b`` where it is the first; out may be wider than the product."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        out.copy_(a @ b)
+    else:
+        out += a @ b
+
+
+def by_rows(statistics: Statistics, gradient: Gradient) -> Compute:
+    """Logits [c, real], a row a token, from an implementation's two passes over them; whole GEMMs."""
+
+    def compute(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight, labels, token_weights = chunk.x, chunk.weight, chunk.labels, chunk.token_weights
+        logits = chunk.logits.view(len(x), len(weight))
+        torch.mm(x, weight.t(), out=logits)
+        mine, state = statistics(logits, labels)
+        lse, target = combine(mine, chunk.group)
+        if chunk.dx is not None or chunk.dw is not None:
+            gradient(logits, state, labels, lse, token_weights, chunk.z_loss)
+        if chunk.dx is not None:
+            torch.mm(logits, weight, out=chunk.dx)
+        if chunk.dw is not None:
+            for part in _slices(chunk.dw):
+                add_product(chunk.dw[part], logits[:, part].t(), x, chunk.first)
+        return lse - target, lse
+
+    return compute
 
 
 def statistics(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
@@ -216,7 +260,7 @@ def gradient(
         logits.copy_(wide)
 
 
-def _combine(mine: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
+def combine(mine: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-sum-exp and target logit [c] over the whole vocabulary, from each rank's ``statistics``."""
     if group is None or group.size() == 1:
         return mine[0] + mine[1].log(), mine[2]
@@ -230,6 +274,7 @@ def _combine(mine: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch
 registry.declare(
     "linear_cross_entropy",
     registry.triton("linear_cross_entropy:linear_cross_entropy"),
+    registry.Impl("cpp", f"{__name__}_cpu:compiled", frozenset({"cpu"}), helper.why_not),
     registry.Impl("cpu", f"{__name__}_cpu:linear_cross_entropy", frozenset({"cpu"})),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

@@ -5,7 +5,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
-from unimega.kernels.linear_cross_entropy import in_chunks
+from unimega.kernels.linear_cross_entropy import by_rows, in_chunks
 from unimega.kernels.triton.launch import Launch, power_of_2
 
 _COLUMNS = 4096
@@ -59,7 +59,8 @@ def linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``unimega.kernels.linear_cross_entropy``."""
     sizes = (vocab_start, vocab_rows, chunk)
-    return in_chunks(statistics, gradient, x, weight, labels, token_weights, *sizes, group=group, z_loss=z_loss)
+    compute = by_rows(statistics, gradient)
+    return in_chunks(compute, x, weight, labels, token_weights, *sizes, group=group, z_loss=z_loss)
 
 
 def statistics(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, None]:
