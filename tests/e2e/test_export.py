@@ -134,6 +134,17 @@ def test_shards_and_dtype(export_folder: Path, out: Path, tmp_path: Path) -> Non
     assert exports.load(tmp_path / "out").dtype == torch.bfloat16
 
 
+def test_the_bias_of_a_router_is_fp32_in_a_bf16_model(export_folder: Path, out: Path, tmp_path: Path) -> None:
+    """By its own type: transformers 4.57 loads no model whose class names a buffer to be kept in fp32."""
+    from unimega.hf.export import export_checkpoint
+
+    export_checkpoint(export_folder / "checkpoints" / "routed, as DeepSeek-V3", tmp_path / "out", dtype="bf16")
+    model = exports.load(tmp_path / "out")
+    gate = model.model.layers[1].mlp.gate
+    assert (gate.weight.dtype, gate.e_score_correction_bias.dtype) == (torch.bfloat16, torch.float32)
+    assert not model._keep_in_fp32_modules_strict
+
+
 def write_tokenizer(folder: Path) -> Path:
     from tokenizers import AddedToken, Tokenizer
     from tokenizers import models as kinds

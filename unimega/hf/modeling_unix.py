@@ -232,7 +232,8 @@ class UniXRouter(nn.Linear):
         super().__init__(config.hidden_size, config.num_experts, bias=False)
         self.config = config
         if config.router_bias:
-            self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+            zeros = torch.zeros(config.num_experts, dtype=torch.float32)  # and so it is loaded, whatever the rest is
+            self.register_buffer("e_score_correction_bias", zeros)
 
     def forward(self, x: Tensor, is_vision: Tensor | None) -> tuple[Tensor, Tensor]:
         """[n, D] -> weights and experts [n, K]; ``is_vision`` [n] where modalities have experts of their own."""
@@ -411,7 +412,6 @@ class UniXPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["e_score_correction_bias"]
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
