@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="a larger model has several files")
     parser.add_argument("--merge-lora", action="store_true", help="add LoRA's factors to the weights")
     parser.add_argument("--adapter", action="store_true", help="LoRA's factors alone, as PEFT reads them")
-    parser.add_argument("--overwrite", action="store_true", help="replace an export, if nothing else is in it")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export, if nothing else is there")
     arguments = parser.parse_args(argv)
     limit = _bytes(arguments.max_shard_size)
     if arguments.dtype not in (None, "bf16", "fp16", "fp32"):

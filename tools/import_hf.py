@@ -63,7 +63,9 @@ def _parser() -> Parser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a new folder")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; absent: FOLDER, if it has one")
     parser.add_argument("--separator-ids", help="separators that count as vision, as in 89,90; absent: the original's")
-    parser.add_argument("--overwrite", action="store_true", help="replace such a folder, if nothing else is in it")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an imported or upcycled checkpoint, if nothing else is there"
+    )
     parser.add_argument("--verbose", action="store_true", help="a line per tensor, not per kind of tensor")
     parser.add_argument("--seed", type=int, default=1, help="of the weights that are drawn (default: 1)")
     start = parser.add_argument_group("start of a model with images: keys of [model]")

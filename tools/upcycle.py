@@ -40,7 +40,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--noise", type=float, default=0.0, help="in deviations of a weight (default: 0)")
     parser.add_argument("--drop", type=float, default=0.0, help="share of hidden units, 0 to 1 (default: 0)")
     parser.add_argument("--seed", type=int, default=1, help="of what is drawn (default: 1)")
-    parser.add_argument("--overwrite", action="store_true", help="replace such a folder, if nothing else is in it")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an imported or upcycled checkpoint, if nothing else is there"
+    )
     parser.add_argument("--verbose", action="store_true", help="a line per tensor, not per kind of tensor")
     given, rest = parser.parse_known_args(argv)
     keys = _keys(given.preset, given.experts, given.top_k, len(given.specialists), rest)
