@@ -23,6 +23,9 @@ class Alone:
     def size(self) -> int:
         return 1
 
+    def rank(self) -> int:
+        return 0
+
 
 def build(
     vocabulary: Vocabulary = models.TWO,

@@ -46,7 +46,6 @@ def test_rates_and_decay_are_in_force_before_the_first_step() -> None:
 def frozen() -> tuple[list[str], str]:
     """Names that moved in a step in which only vision is trainable, and what a pattern without a match says."""
     from unimega.errors import ConfigError
-    from unimega.parallel import groups
 
     engine = engine_of("unix", trainable=("*_vision",))
     before = engine.gather_parameters()
@@ -58,8 +57,6 @@ def frozen() -> tuple[list[str], str]:
         engine_of("unix", trainable=("*_visoin",))
     except ConfigError as error:
         return moved, str(error)
-    finally:
-        groups.destroy()
     return moved, ""
 
 
@@ -138,7 +135,6 @@ def test_a_batch_without_targets_has_loss_0_and_no_gradient() -> None:
 
 def refused() -> list[str]:
     from unimega.errors import UnimegaError
-    from unimega.parallel import groups
 
     lines = []
     for options in (
@@ -150,7 +146,6 @@ def refused() -> list[str]:
             engine_of("unix", **options)
         except UnimegaError as error:
             lines.append(str(error))
-        groups.destroy()
     return lines
 
 
@@ -158,4 +153,4 @@ def test_names_that_match_nothing_are_refused() -> None:
     op, implementation, rate = run_dist(refused, world=1)[0]
     assert op.startswith("kernels.swigluu is not an op")
     assert "kernels.swiglu='tritonn'" in implementation
-    assert rate.startswith("optimizer.rates.match='*_visoin' matches no parameter")
+    assert rate.startswith("optimizer.rates[0].match='*_visoin' matches no parameter")

@@ -213,6 +213,18 @@ RULES = [
         {"training": {"trainable": []}},
         'training.trainable=[] trains nothing. Give patterns of parameter names; ["*"] is all of them.',
     ),
+    (
+        {},
+        {"training": {"trainable": ["*.norm*", "*lora*"]}},
+        "training.trainable='*.norm*' matches no parameter, e.g. 'embedding.weight' or "
+        "'layers.7.ffn_norm.weight_vision'.",
+    ),
+    (
+        {},
+        {"optimizer": {"rates": [{"match": "*_vision", "factor": 2}, {"match": "layers.8.*", "factor": 2}]}},
+        "optimizer.rates[1].match='layers.8.*' matches no parameter, e.g. 'embedding.weight' or "
+        "'layers.7.ffn_norm.weight_vision'.",
+    ),
     ({}, {"checkpoint": {"every_minutes": -1}}, "checkpoint.every_minutes=-1.0 is too small. It is at least 0."),
     ({}, {"training": {"max_skipped_steps": -1}}, "training.max_skipped_steps=-1 is too small. It is at least 0."),
     ({}, {"parallel": {"timeout_minutes": 0}}, "parallel.timeout_minutes=0.0 is too small. It is above 0."),

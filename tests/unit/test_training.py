@@ -9,14 +9,19 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tests import models, moe
 from tests.models import PRESETS, microbatch
 from tests.unit import config_cases
 from tests.unit.data_corpora import BOI, CODEBOOK, TEXT, VOCABULARY, random_documents, write
 from unimega.config.experts import ExpertSpec
 from unimega.config.layer import LayerSpec
-from unimega.config.schema import OptimizerConfig, RunConfig, Source
+from unimega.config.parameters import parameters
+from unimega.config.schema import Lora, OptimizerConfig, RunConfig, Source
 from unimega.data.plan import Recipe
-from unimega.errors import ConfigError, DataError, UnimegaError
+from unimega.errors import ConfigError, DataError, KernelUnavailable, UnimegaError
+from unimega.models.build import build_block
+from unimega.models.stage import Stage
+from unimega.parallel import lora
 from unimega.training import loop, start
 from unimega.training.flops import step_flops
 from unimega.training.metrics import Metrics, drop_after
@@ -25,6 +30,8 @@ from unimega.training.run import modality_losses
 from unimega.training.schedule import learning_rate
 from unimega.training.trackers import Trackers
 
+EXPERTS = ExpertSpec(number=6, width=10, top_k=2, shared_width=7, shared_gate=True)
+MODELS = [*PRESETS.values(), models.spec((LayerSpec(experts=EXPERTS), LayerSpec(shared_ffn=8)))]
 OPTIMIZER = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
 
 
@@ -67,6 +74,17 @@ def test_a_share_of_the_run_is_no_step_more_for_its_rounding() -> None:
     assert [learning_rate(step, 100, optimizer) for step in (93, 94)] == pytest.approx([1.0, 0.9])
 
 
+@pytest.mark.parametrize("factors", [None, Lora(rank=2), Lora(rank=2, match=("*.qkv", "*.ffn.*"))])
+def test_names_of_parameters_are_those_of_the_modules(factors: Lora | None) -> None:
+    """Patterns are checked without a model: each name is one that the model has, and none is left out."""
+    for spec in (replace(model, lora=factors) for model in MODELS):
+        build = replace(moe.build(), spec=spec)
+        blocks = [build_block(build, index, dp=None) for index in range(len(spec.layers))]
+        stage = Stage(build, None, blocks=blocks, is_first=True, is_last=True, virtual=None, recompute_blocks=False)
+        lora.adapt(stage, factors)
+        assert parameters(spec) == tuple(sorted(name for name, _ in stage.weights()))
+
+
 def test_flops_are_six_per_weight_and_token_plus_attention() -> None:
     model = PRESETS["unix"]
     batch = microbatch(model, "mixed", 1)
@@ -82,8 +100,7 @@ def test_flops_are_six_per_weight_and_token_plus_attention() -> None:
 def test_flops_of_routed_experts_leave_pads_out() -> None:
     dense, width = PRESETS["dense"], 32
     batch = microbatch(dense, "mixed", 1)
-    experts = ExpertSpec(number=6, width=10, top_k=2, shared_width=7, shared_gate=True)
-    sparse = replace(dense, layers=(LayerSpec(experts=experts), *dense.layers[1:]))
+    sparse = replace(dense, layers=(LayerSpec(experts=EXPERTS), *dense.layers[1:]))
     more = (64 - batch.order.pads) * (6 + 3 * 2 * 10) + 64 * (3 * 7 + 1) - 64 * 3 * 24
     assert batch.order.pads and step_flops(sparse, [batch]) - step_flops(dense, [batch]) == 6 * width * more
 
@@ -246,9 +263,18 @@ def test_records_that_come_again_are_dropped_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_missing_held_out_corpus_is_told_before_ranks_meet(run: RunConfig) -> None:
+def test_what_is_refused_before_ranks_meet_leaves_no_folder(run: RunConfig) -> None:
+    here = sorted(Path().iterdir())
     data = replace(run.data, evaluation=("nowhere",))
     assert "nowhere" in refusal(replace(run, data=data), DataError)
+    nothing = replace(run, data=replace(run.data, train=(Source(path="nowhere"),)))  # not even opened
+    for kernels, line in (
+        ({"swigluu": "reference"}, "kernels.swigluu is not an op. Choose from: adamw, "),
+        ({"swiglu": "tritonn"}, "kernels.swiglu='tritonn' is not an implementation. "),
+        ({"swiglu": "npu"}, "kernels.swiglu='npu' cannot run on "),
+    ):
+        assert refusal(replace(nothing, kernels=kernels), KernelUnavailable).startswith(line)
+    assert sorted(Path().iterdir()) == here
 
 
 def test_vision_ids_of_the_tokenizer_are_kept_in_the_run(run: RunConfig) -> None:

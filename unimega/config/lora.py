@@ -13,7 +13,7 @@ def linears(layers: Sequence[LayerSpec]) -> tuple[str, ...]:
 
     Embedding, head and routers are none.
     """
-    return tuple(f"layers.{index}.{name}" for index, layer in enumerate(layers) for name in _of(layer))
+    return tuple(f"layers.{index}.{name}" for index, layer in enumerate(layers) for name in linears_of(layer))
 
 
 def kinds(names: Sequence[str]) -> tuple[str, ...]:
@@ -26,7 +26,8 @@ def has_factors(lora: Lora | None, linear: str) -> bool:
     return lora is not None and any(fnmatchcase(linear, pattern) for pattern in lora.match)
 
 
-def _of(layer: LayerSpec) -> list[str]:
+def linears_of(layer: LayerSpec) -> list[str]:
+    """Names of a layer's linears, e.g. ``attention.qkv``."""
     places = ["ffn"]
     if layer.experts is not None:
         places = ["ffn.experts", *(["ffn.shared"] if layer.experts.shared_width else [])]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
-from unimega.config import expert_ranks, model_rules, presets
+from unimega.config import expert_ranks, model_rules, parameters, presets
 from unimega.config.layer import LayerSpec
 from unimega.config.model import ModelSpec
 from unimega.config.schema import ParallelConfig, RunConfig, TrainingConfig
@@ -226,11 +226,13 @@ def _rates(config: RunConfig) -> None:
             raise ConfigError(f"optimizer.rates[{i}].factor={rate.factor} is negative. Use 0 or more.")
 
 
-def _trainable(config: RunConfig) -> None:
+def _patterns(config: RunConfig) -> None:
     if not config.training.trainable:
         raise ConfigError(
             'training.trainable=[] trains nothing. Give patterns of parameter names; ["*"] is all of them.'
         )
+    spec = presets.model_spec(config.model)
+    parameters.check_patterns(spec, trainable=config.training.trainable, rates=config.optimizer.rates)
 
 
 def _recompute(config: RunConfig) -> None:
@@ -354,7 +356,7 @@ RULES: tuple[Callable[[RunConfig], None], ...] = (
     _positive,
     _betas,
     _rates,
-    _trainable,
+    _patterns,
     _recompute,
     _schedule,
     _timeout,

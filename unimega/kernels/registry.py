@@ -6,7 +6,7 @@ A layer calls ``resolve`` once, in ``__init__``, and keeps the function: two mod
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +149,16 @@ def resolve(op: str, *, device: torch.device, impl: str = "auto") -> Any:
     _announce(op, picked.name, device.type)
     module, attribute = picked.target.split(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def check(kernels: Mapping[str, str], device: torch.device) -> None:
+    """Refuse an op or implementation of ``[kernels]`` that does not exist or cannot run on a device.
+
+    Raises:
+        KernelUnavailable: as ``resolve``.
+    """
+    for op, impl in kernels.items():
+        resolve(op, device=device, impl=impl)
 
 
 def rows(devices: tuple[torch.device, ...]) -> Iterator[Row]:

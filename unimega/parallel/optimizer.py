@@ -17,27 +17,16 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from unimega.config.parameters import matches
 from unimega.config.schema import OptimizerConfig
-from unimega.errors import ConfigError
 from unimega.parallel.pipeline import PipelineStage
-
-
-def check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse a pattern that matches none of the model's parameters.
-
-    Raises:
-        ConfigError: names ``key`` and the pattern.
-    """
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"{key}={pattern!r} matches no parameter, e.g. {names[0]!r} or {names[-1]!r}.")
 
 
 def freeze(stages: Sequence[PipelineStage], patterns: Sequence[str]) -> None:
     """Leave only parameters that match a pattern trainable. Before DDP wraps the stages."""
     for stage in stages:
         for name, values in stage.weights():
-            values.requires_grad_(values.requires_grad and any(fnmatchcase(name, p) for p in patterns))
+            values.requires_grad_(values.requires_grad and matches(name, patterns))
 
 
 def wrap(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from unimega import backend
 from unimega.batch import Microbatch
 from unimega.config.model import ModelSpec
+from unimega.config.parameters import check_patterns
 from unimega.config.rules import layout
 from unimega.config.schema import OptimizerConfig, ParallelConfig
 from unimega.kernels import registry
@@ -91,7 +92,9 @@ class Engine:
         initial: str = "",
         bucket_parameters: int | None = None,
     ) -> None:
+        check_patterns(spec, trainable=trainable, rates=optimizer_config.rates if optimizer_config else ())
         self.backend = backend.current()
+        registry.check(kernels or {}, self.backend.device)
         self.spec, self.parallel, self.optimizer_config = spec, parallel, optimizer_config
         self.groups = groups.initialize(parallel, seed=seed)
         dtype = DTYPES[precision]
@@ -102,7 +105,7 @@ class Engine:
             spec=spec,
             layout=Layout(tp=self.groups.tp, sequence_parallel=self.config.sequence_parallel),
             device=self.backend.device,
-            kernels=_known(kernels or {}, self.backend.device),
+            kernels=kernels or {},
             experts=ExpertLayout(self.groups.ep, self.groups.etp, parallel.dispatch),
             selective_recompute=recompute == "selective",
             moe_recompute=recompute == "moe",
@@ -118,10 +121,6 @@ class Engine:
         for stage in self.stages:
             stage.to(self.backend.device)
         self.routed = RoutedLayers(self.stages, self.groups, own_rows=self.config.sequence_parallel)
-        self.parameter_names = self._names()
-        optimizer.check_patterns("training.trainable", trainable, self.parameter_names)
-        rates = [rate.match for rate in optimizer_config.rates] if optimizer_config else []
-        optimizer.check_patterns("optimizer.rates.match", rates, self.parameter_names)
         if initial:
             fresh = is_factor if check_same_model(initial, spec, starts=True) else None
             if fresh is not None:
@@ -355,16 +354,3 @@ class Engine:
             backward=backward,
             whole_gradients=whole_gradients,
         )
-
-    def _names(self) -> list[str]:
-        everyone: list[Any] = [None] * self.groups.pp.size()
-        mine = [name for stage in self.stages for name, _ in stage.weights()]
-        dist.all_gather_object(everyone, mine, group=self.groups.pp)
-        return sorted({name for names in everyone for name in names})
-
-
-def _known(kernels: dict[str, str], device: torch.device) -> dict[str, str]:
-    """Refuse, on every rank, an op or implementation that does not exist or cannot run here."""
-    for op, implementation in kernels.items():
-        registry.resolve(op, device=device, impl=implementation)
-    return kernels

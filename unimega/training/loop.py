@@ -15,6 +15,7 @@ from unimega.config.schema import DataConfig, RunConfig
 from unimega.data.corpus import Source, vision_ids
 from unimega.data.plan import DataPlan, Recipe
 from unimega.errors import UnimegaError
+from unimega.kernels import registry
 from unimega.parallel.agreement import check_equal
 from unimega.training import start
 from unimega.training.engine import Engine
@@ -33,10 +34,11 @@ def train(config: RunConfig) -> None:
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     log.setup(rank=rank, world=world)
-    start.prepare_folders(config)
+    registry.check(config.kernels, backend.current().device)
     config = resolved(config)
     start.check_before(config)
     plan, evaluations = plans(config)
+    start.prepare_folders(config)  # last: what is refused leaves no folder behind
     goes_on = start.holds_steps(config.checkpoint.directory)
     if rank == 0:
         check_installed(config)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from unimega import backend, log
 from unimega.config import loader as config_loader
+from unimega.config.parameters import parameters
 from unimega.config.schema import RunConfig
 from unimega.data.loader import Loader, Place, StepBatch
 from unimega.data.plan import DataPlan
@@ -173,7 +174,7 @@ class Run:
             parallel.vpp,
             self.place.dp,
             f", ep {parallel.ep} (etp {parallel.etp}, {parallel.dispatch})" if parallel.ep * parallel.etp > 1 else "",
-            len(self.engine.parameter_names),
+            len(parameters(self.engine.spec)),
             self.peak_flops / 1e9,
         )
         if self.step:

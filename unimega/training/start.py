@@ -117,7 +117,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
         return run if {"model", "data", "logging"} <= run.keys() else None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, AttributeError) as error:
         logger.warning("%s cannot be read (%s): this run is not compared with the one before", file, error)
