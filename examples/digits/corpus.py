@@ -148,6 +148,7 @@ def write_tokenizer(folder: Path) -> None:
         folder / "tokenizer_config.json",
         named
         | {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": others}
+        | {"model_input_names": ["input_ids", "attention_mask"]}
         | {"clean_up_tokenization_spaces": False, "padding_side": "left", "model_max_length": 1 << 20},
     )
 

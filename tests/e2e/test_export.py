@@ -174,6 +174,8 @@ def test_the_tokenizer_of_the_run(export_folder: Path, out: Path, tmp_path: Path
     assert config["vision_start_id"] == 90 and config["unconditional_token_ids"] == [92]
     assert ids.items() <= json.loads((tmp_path / "out" / "generation_config.json").read_text()).items()
     loaded = AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written["model_input_names"] == ["input_ids", "attention_mask"]  # version 4 would add token_type_ids
     assert loaded("<|vision_start|>").input_ids == [90] and loaded.eos_token_id == 93 and loaded.pad_token_id == 94
     with pytest.raises(DataError, match=r"tokenizer=.* is wrong"):
         export_checkpoint(source, tmp_path / "other", tokenizer=tmp_path)

@@ -243,12 +243,16 @@ def _write_tokenizer(source: Path, folder: Path, wanted: Target) -> None:
 
 
 def _write_tokenizer_config(folder: Path, wanted: Target) -> None:
-    """Without it transformers looks for a tokenizer class by model type, and uni_x has none."""
+    """Without it transformers looks for a tokenizer class by model type, and uni_x has none.
+
+    Version 4 gives ``token_type_ids`` too unless told what the model takes, and then its ``generate`` refuses them.
+    """
     added = json.loads((folder / "tokenizer.json").read_bytes()).get("added_tokens", [])
     contents = {token["id"]: token["content"] for token in added}
     special = {name: contents.get(wanted.generation.get(f"{name}_id")) for name in ("eos_token", "pad_token")}
     known = {name: content for name, content in special.items() if content is not None}
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **known})
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    _write_json(folder / "tokenizer_config.json", plain | known)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
