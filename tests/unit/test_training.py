@@ -105,6 +105,29 @@ def test_flops_of_routed_experts_leave_pads_out() -> None:
     assert batch.order.pads and step_flops(sparse, [batch]) - step_flops(dense, [batch]) == 6 * width * more
 
 
+def test_flops_of_what_is_frozen_and_of_factors() -> None:
+    """Each product once forward, once more where something below trains, and once more where its weight does."""
+    model, batches = PRESETS["dense"], [microbatch(PRESETS["dense"], kind, 1) for kind in ("mixed", "text")]
+    qkv, others, down = 128 * 32 * 96, 128 * 32 * (48 + 2 * 24), 128 * 32 * 24
+    attention = 2 * 2 * 48 * sum(n * (n + 1) // 2 for n in batches[0].order.documents.lengths)
+    head = sum(len(batch.loss_rows) for batch in batches) * 32 * 43
+    forward = qkv + others + down + attention
+
+    def flops(*trainable: str, factors: Lora | None = None) -> float:
+        return step_flops(replace(model, lora=factors), batches, trainable=trainable)
+
+    assert flops("*") == 2 * (4 * 3 * forward + 3 * head)
+    assert flops("final_norm.*") == 2 * (4 * forward + 2 * head)
+    assert flops("layers.3.*") == 2 * (3 * forward + 3 * forward + 2 * head)
+    assert flops("layers.3.ffn.down.weight") == 2 * (4 * forward + down + 2 * head)
+    a, b = 128 * 32 * 3 * 2, 128 * 96 * 2  # q, k and v have an A each
+    below = 4 * (2 * (others + down) + 3 * attention) + 2 * head
+    assert flops("*lora*", factors=Lora(rank=2, match=("*.qkv",))) == 2 * (
+        (qkv + 2 * a + 3 * b) + 3 * (2 * qkv + 3 * a + 3 * b) + below
+    )
+    assert flops("final_norm.*", factors=Lora(rank=2, match=("*.qkv",))) == 2 * (4 * (forward + a + b) + 2 * head)
+
+
 def test_metrics_append_and_hold_no_nan(tmp_path) -> None:
     for step in (1, 2):
         metrics = Metrics(str(tmp_path))

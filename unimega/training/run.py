@@ -194,8 +194,9 @@ class Run:
     def _log(self, batch: StepBatch, result: StepResult, lr: float) -> None:
         """One record; rates are means since the last one."""
         seconds = self.clock.lap(self.step)
-        tokens = self.place.global_batch_packs * self.config.data.pack_length
-        flops = step_flops(self.engine.spec, batch.microbatches) * self.place.dp
+        config = self.config
+        tokens = self.place.global_batch_packs * config.data.pack_length
+        flops = step_flops(self.engine.spec, batch.microbatches, trainable=config.training.trainable) * self.place.dp
         record: dict[str, Any] = {"step": self.step, "loss": result.loss}
         record |= modality_losses(self.engine.spec.modalities, result.sums, batch.targets, self.loss_weights)
         record |= {
@@ -209,7 +210,7 @@ class Run:
         if any(layer.experts for layer in self.engine.spec.layers):
             record |= expert_record(self.engine.spec, self.engine.routed.take())
         self._write(record)
-        self.progress.show(record, self.clock.left(self.step, self.config.training.steps))
+        self.progress.show(record, self.clock.left(self.step, config.training.steps))
 
     def _evaluate(self) -> None:
         """Mean cross-entropy per modality on every held-out corpus."""
