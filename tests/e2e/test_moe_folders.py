@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests import moe_folders, oracle
 from tests.distributed.harness import run_dist
 from unimega.config.schema import OptimizerConfig, ParallelConfig
-from unimega.errors import CheckpointError
+from unimega.errors import CheckpointError, ConfigError
 from unimega.hf.inputs import Inputs
 
 pytestmark = pytest.mark.timeout(300)
@@ -200,6 +200,26 @@ def test_experts_of_several_dtypes_are_widened_with_a_word(
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
     want, got = (load_file(tmp_path / name / "model.safetensors") for name in ("mixed", "out"))
     assert all(got[name].dtype == torch.float32 and torch.equal(got[name], want[name].float()) for name in want)
+
+
+def test_a_layout_that_does_not_fit_speaks_of_config_json(
+    folders: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unimega.hf.evaluate import Request
+    from unimega.hf.evaluate import evaluate as command
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    checkpoint = str(place / "checkpoints" / "hf" / TIED)
+    request = Request(
+        checkpoint=checkpoint,
+        inputs=moe_folders.inputs(),
+        where=Path("in.npz"),
+        gradients=False,
+        cross_document=None,
+        parallel=ParallelConfig(tp=4),
+    )
+    with pytest.raises(ConfigError, match=r"^parallel\.tp=4 is more than config\.json's num_key_value_heads=2: "):
+        command(request)
 
 
 def test_what_does_not_fit_is_one_line(folders: Any, place: Path, tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from unimega.batch import Microbatch
 from unimega.config import rules
 from unimega.config.model import ModelSpec
 from unimega.config.schema import OptimizerConfig, ParallelConfig
-from unimega.errors import CheckpointError, DataError
+from unimega.errors import CheckpointError, ConfigError, DataError
 from unimega.hf import router_logits
 from unimega.hf.convert import layout_of
+from unimega.hf.folder import in_its_words
 from unimega.hf.inputs import Inputs, check_ids, microbatches
 from unimega.hf.lora import whole_table
 from unimega.hf.names import Table
@@ -60,7 +61,11 @@ def evaluate(request: Request) -> dict[str, np.ndarray] | None:
     if request.cross_document is not None:
         spec = replace(spec, cross_document=request.cross_document)
     spec = _untrained(spec)
-    rules.check_parallel(spec, request.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    try:
+        rules.check_parallel(spec, request.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigError as error:
+        config = (stored.get("source") or {}).get("config", {})
+        raise ConfigError(in_its_words(str(error), config, of="config.json's ")) from error
     check_ids(request.inputs, rows=spec.vocabulary.rows, where=request.where)
     backend.current().init_process_group(timeout=_TIMEOUT)
     optimizer_config = OptimizerConfig() if request.gradients else None

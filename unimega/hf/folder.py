@@ -24,6 +24,7 @@ _FIELDS = {
     "top_k": ("num_experts_per_tok",),
     "dense_layers": ("mlp_only_layers",),
     "sparse_every": ("decoder_sparse_step",),
+    "skip_from": ("skip_connection_loc",),
     "routed_scale": ("routed_scaling_factor",),
     "groups": ("n_group",),
     "group_topk": ("topk_group",),
@@ -34,13 +35,18 @@ _FIELDS = {
 """Key of ``[model]`` -> fields of config.json that it is read from, the first there; others are called alike."""
 
 
-def in_its_words(text: str, config: Mapping[str, Any]) -> str:
-    """A line about keys of ``[model]`` as one about the fields of a config.json."""
+def in_its_words(text: str, config: Mapping[str, Any], *, of: str = "") -> str:
+    """A line about keys of ``[model]`` as one about the fields of a config.json.
+
+    Args:
+        of: what comes before a field where a line is about other things too; keys without a field then stay.
+    """
 
     def field(found: re.Match[str]) -> str:
         key = found[1] or found[2]
         names = _FIELDS.get(key, (key,))
-        return next((name for name in names if name in config), names[0])
+        there = next((name for name in names if name in config), None)
+        return f"{of}{there}" if there else found[0] if of else names[0]
 
     bare = "|".join(key for key in _FIELDS if "_" in key and "." not in key)  # others are words, too
     return re.sub(rf"\bmodel\.(lora\.\w+|\w+)|\b({bare})\b", field, text)

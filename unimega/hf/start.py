@@ -121,8 +121,9 @@ def _as_options(text: str, config: Mapping[str, Any]) -> str:
     """A line about keys of ``[model]`` in the words of the command, or of config.json where they are not asked for."""
 
     def name(found: re.Match[str]) -> str:
-        is_option = found[1] in KEYS
-        return f"--{found[1].replace('_', '-')}" if is_option else f"config.json's {in_its_words(found[0], config)}"
+        if found[1] in KEYS:
+            return f"--{found[1].replace('_', '-')}"
+        return in_its_words(found[0], config, of="config.json's ")
 
     text = re.sub(r"\bmodel\.(\w+)", name, text)
     return text.replace(": set it in [model].", ".")
