@@ -3,14 +3,19 @@
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tests import moe
 from unimega.__main__ import main
+from unimega.config.experts import ExpertSpec
 from unimega.errors import KernelUnavailable
 from unimega.kernels import registry
 from unimega.kernels.registry import Impl
+from unimega.moe.layer import MoE
+from unimega.moe.router import Router
 
 CPU = torch.device("cpu")
 HERE = "tests.kernels.test_registry"
@@ -76,6 +81,26 @@ def test_a_name_never_falls_back(op: str, impl: str, message: str) -> None:
     with pytest.raises(KernelUnavailable) as caught:
         registry.resolve(op, device=CPU, impl=impl)
     assert str(caught.value).startswith(message)
+
+
+def test_limits_are_held_to_the_sizes_of_the_model() -> None:
+    """At construction: ``auto`` passes over what is too small, a name is refused with the key of [model]."""
+    for op in ("topk_routing", "expert_order", "route"):
+        (cuda,) = (impl for impl in registry.implementations(op) if impl.name == "cuda")
+        one = Impl("cuda", f"{HERE}:fast", frozenset({"cpu"}), limits=cuda.limits)
+        registry._table[op] = (one, Impl("reference", f"{HERE}:slow", registry.EVERYWHERE))
+        found = {}
+        for experts, top_k in ((512, 16), (513, 16), (512, 17)):
+            found[experts, top_k] = registry.resolve(op, device=CPU, sizes={"experts": experts, "top_k": top_k})()
+        assert list(found.values()) == ["fast", "slow", "slow"]
+    with pytest.raises(KernelUnavailable) as caught:
+        Router(replace(moe.build(), kernels={"topk_routing": "cuda"}), ExpertSpec(number=600, width=8, top_k=2))
+    assert str(caught.value) == (
+        "kernels.topk_routing='cuda' cannot run on cpu. cuda: takes model.experts of at most 512, not 600; "
+        "reference: available."
+    )
+    with pytest.raises(KernelUnavailable, match=r"takes model\.top_k of at most 16, not 17"):
+        MoE(replace(moe.build(), kernels={"expert_order": "cuda"}), ExpertSpec(number=32, width=8, top_k=17))
 
 
 def test_an_op_is_declared_once() -> None:

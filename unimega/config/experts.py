@@ -69,6 +69,11 @@ class ExpertSpec:
         if self.shared_gate and not self.shared_width:
             raise ValueError("shared_gate needs a shared_width")
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What implementations of ops may have limits on, by key of ``[model]``."""
+        return {"experts": self.number, "top_k": self.top_k}
+
     def of_inference(self) -> "ExpertSpec":
         """What is left where nothing is trained: no losses, no noise, no room that runs out; a bias stays a bias."""
         return replace(

@@ -7,7 +7,7 @@ A layer calls ``resolve`` once, in ``__init__``, and keeps the function: two mod
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class Impl:
     """Device types it can run on."""
     why_not: Callable[[torch.device], str | None] = _no_reason
     """Why it cannot run here (a package, a compute capability), in a few words; None: it can."""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Largest sizes that it takes, by key of ``[model]``."""
     only_named: frozenset[str] = frozenset()
     """Device types on which ``auto`` passes it over, though it can run: Triton's interpreter shows numbers, slowly."""
     note: str = ""
@@ -60,7 +62,12 @@ def triton(target: str) -> Impl:
 def cuda(target: str) -> Impl:
     """The row of a function in ``unimega.kernels.cuda``, in the library that CMake builds from csrc."""
     return Impl(
-        "cuda", f"unimega.kernels.cuda.{target}", frozenset({"cuda"}), library.why_not, note="never run on a GPU"
+        "cuda",
+        f"unimega.kernels.cuda.{target}",
+        frozenset({"cuda"}),
+        library.why_not,
+        limits=library.LIMITS,
+        note="never run on a GPU",
     )
 
 
@@ -119,26 +126,30 @@ def implementations(op: str) -> tuple[Impl, ...]:
     return _table[op]
 
 
-def why_not(impl: Impl, device: torch.device) -> str | None:
-    """Why an implementation cannot run on a device; None: it can."""
+def why_not(impl: Impl, device: torch.device, sizes: Mapping[str, int] | None = None) -> str | None:
+    """Why an implementation cannot run on a device, on these sizes; None: it can."""
     if device.type not in impl.devices:
         return f"does not run on {device.type}"
+    for key, most in impl.limits.items():
+        if sizes and sizes[key] > most:
+            return f"takes model.{key} of at most {most}, not {sizes[key]}"
     return impl.why_not(device)
 
 
-def resolve(op: str, *, device: torch.device, impl: str = "auto") -> Any:
+def resolve(op: str, *, device: torch.device, impl: str = "auto", sizes: Mapping[str, int] | None = None) -> Any:
     """Import and return what runs an op: a function (for ``split_linear`` a set of functions).
 
     Args:
         op: name of the op.
         device: where its tensors will be.
         impl: ``auto`` (the first that can run here) or a name. A named one never falls back to another.
+        sizes: what the model makes of keys of ``[model]`` that implementations may have limits on; None: not known.
 
     Raises:
         KernelUnavailable: no such op or implementation, or it cannot run here; the line lists the alternatives.
     """
     impls = implementations(op)
-    reasons = {row.name: why_not(row, device) for row in impls}
+    reasons = {row.name: why_not(row, device, sizes) for row in impls}
     found = "; ".join(f"{name}: {reason or 'available'}" for name, reason in reasons.items())
     if impl != "auto" and impl not in reasons:
         raise KernelUnavailable(f"kernels.{op}={impl!r} is not an implementation. {found}.")

@@ -42,12 +42,13 @@ class Dispatch:
 
     Args:
         number: E.
+        order: the implementation of ``expert_order``.
     """
 
-    def __init__(self, build: Build, number: int) -> None:
-        self.layout, self.ranks, self.number = build.layout, build.experts, number
-        self.order, self.permute, self.unpermute = (
-            resolve(op, device=build.device, impl=build.kernel(op)) for op in ("expert_order", "permute", "unpermute")
+    def __init__(self, build: Build, number: int, order: Any) -> None:
+        self.layout, self.ranks, self.number, self.order = build.layout, build.experts, number, order
+        self.permute, self.unpermute = (
+            resolve(op, device=build.device, impl=build.kernel(op)) for op in ("permute", "unpermute")
         )
         self.over_ep: Any = self._local
         if self.ranks is not None and self.ranks.ep.size() > 1:

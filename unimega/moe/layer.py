@@ -54,8 +54,9 @@ class MoE(nn.Module):
         self.experts = Experts(build, experts)
         self.shared = FFN(build, LayerSpec(shared_ffn=experts.shared_width)) if experts.shared_width else None
         self.shared_gate = SharedGate(build.spec.width) if experts.shared_gate else None
-        self.expert_order = resolve("expert_order", device=build.device, impl=build.kernel("expert_order"))
-        self.dispatch = Dispatch(build, experts.number)
+        impl = build.kernel("expert_order")
+        self.expert_order = resolve("expert_order", device=build.device, impl=impl, sizes=experts.sizes)
+        self.dispatch = Dispatch(build, experts.number, self.expert_order)
         self.statistics: Statistics | None = None
 
     def forward(self, x_tD: torch.Tensor, call: Call) -> torch.Tensor:

@@ -51,7 +51,8 @@ class Router(nn.Module):
         self.weight = parameter(experts.number, build.spec.width, on_local_rows=True)
         self.register_buffer("bias", torch.zeros(experts.number) if experts.bias_rate else None)
         self.register_buffer("closed", _closed(experts, modalities), persistent=False)
-        self.op = resolve("topk_routing", device=build.device, impl=build.kernel("topk_routing"))
+        impl = build.kernel("topk_routing")
+        self.op = resolve("topk_routing", device=build.device, impl=impl, sizes=experts.sizes)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Moves the bias, never rounds it: its steps vanish in 16 bits."""

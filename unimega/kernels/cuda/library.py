@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parents[3]
 PLACES = (ROOT / "unimega" / NAME, ROOT / "build" / NAME)
 """Where ``cmake --install`` and ``cmake --build`` leave it."""
 
+LIMITS = {"experts": 512, "top_k": 16}
+"""The most experts, and slots of a token, that the kernels take."""
+
 
 @functools.cache
 def library() -> ctypes.CDLL:

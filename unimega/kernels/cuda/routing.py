@@ -10,11 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from unimega import backend
 from unimega.errors import KernelUnavailable
-from unimega.kernels.cuda.library import NAME, library
+from unimega.kernels.cuda.library import LIMITS, NAME, library
 from unimega.kernels.expert_order import ExpertOrder
 from unimega.kernels.topk_routing import check, score_all, weigh
-
-MAX_EXPERTS, MAX_K = 512, 16
 
 
 def route(
@@ -118,11 +116,13 @@ class _Route(torch.autograd.Function):
 
 
 def _fits(num_experts: int, k: int) -> None:
-    if num_experts > MAX_EXPERTS or k > MAX_K:
+    """For who calls an op without a model, whose construction asks ``registry.resolve``."""
+    most, slots = LIMITS["experts"], LIMITS["top_k"]
+    if num_experts > most or k > slots:
         raise KernelUnavailable(
-            f"experts={num_experts}, k={k} do not fit the CUDA kernels of routing, which take {MAX_EXPERTS} experts "
-            f"and {MAX_K} slots of a token. Name another implementation in [kernels] for topk_routing, expert_order "
-            "and route."
+            f"experts={num_experts}, k={k} do not fit the CUDA kernels of routing, which take {most} experts and "
+            f"{slots} slots of a token. Name another implementation in [kernels] for topk_routing, expert_order and "
+            "route."
         )
 
 
