@@ -432,7 +432,6 @@ py::object collate(const py::list& elements, const Array<std::int32_t>& literals
 }  // namespace
 
 void add_routing(py::module_& module);  // routing.cpp
-void add_softmax(py::module_& module);  // softmax.cpp
 
 PYBIND11_MODULE(_data_index, module) {
     module.doc() = "C++ twins of unimega.data.packing.best_fit, unimega.data.order.permute and unimega.data.rows.rows.";
@@ -447,5 +446,4 @@ PYBIND11_MODULE(_data_index, module) {
                py::arg("row_separator"), py::arg("separator"), py::arg("cross_document"),
                "The arrays of a micro-batch, in the order of unimega.data.rows.Rows; None: an id is not of its modality.");
     add_routing(module);
-    add_softmax(module);
 }

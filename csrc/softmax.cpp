@@ -1,8 +1,8 @@
 // The two passes of a softmax over logits [vocabulary, tokens] on a CPU; the twins of those in torch in
 // unimega/kernels/linear_cross_entropy_cpu.py.
 //
-// A part of the extension of data_index.cpp. Tensors come as addresses: no torch headers. Tokens are the columns: every
-// loop runs along memory, no sum goes across a vector, and threads share the columns.
+// An extension of its own, as it is built with OpenMP where there is one. Tensors come as addresses: no torch headers.
+// Tokens are the columns: every loop runs along memory, no sum goes across a vector, and threads share the columns.
 
 #include <pybind11/pybind11.h>
 
@@ -24,6 +24,7 @@ namespace {
 
 constexpr std::int64_t kColumns = 64;          // threads take multiples of them: no line of memory is two threads'
 constexpr std::int64_t kWorthAThread = 1 << 16;  // logits
+constexpr std::int64_t kSummedAlone = 32;        // rows, before they join the long sum: it has fewer roundings
 
 float as_float(std::uint32_t bits) {
     float value;
@@ -78,12 +79,14 @@ FOR_EACH_CPU void add_to_statistics(const T* __restrict__ logits, std::int64_t r
     for (std::int64_t i = 0; i < columns; ++i) {
         total[i] *= exponential(top[i] - work[i]);
         top[i] = work[i];
-        work[i] = 0.0f;  // a sum of its own: fewer roundings on the way to a long one
     }
-    for (std::int64_t row = 0; row < rows; ++row) {
-        for (std::int64_t i = 0; i < columns; ++i) work[i] += exponential(logits[row * stride + i] - top[i]);
+    for (std::int64_t low = 0; low < rows; low += kSummedAlone) {
+        std::fill_n(work, columns, 0.0f);
+        for (std::int64_t row = low; row < std::min(low + kSummedAlone, rows); ++row) {
+            for (std::int64_t i = 0; i < columns; ++i) work[i] += exponential(logits[row * stride + i] - top[i]);
+        }
+        for (std::int64_t i = 0; i < columns; ++i) total[i] += work[i];
     }
-    for (std::int64_t i = 0; i < columns; ++i) total[i] += work[i];
 }
 
 // slope * exp(logit - lse) - hit * [this row is the label's]
@@ -153,7 +156,7 @@ void add_passes(py::module_& module, const std::string& dtype) {
 
 }  // namespace
 
-void add_softmax(py::module_& module) {
+PYBIND11_MODULE(_softmax, module) {
     add_passes<Bfloat16>(module, "bfloat16");
     add_passes<float>(module, "float32");
 }

@@ -17,6 +17,8 @@ from unimega.kernels import registry
 
 CPU = torch.device("cpu")
 ROWS, WIDTH = 11, 6
+needs_extension = pytest.mark.skipif(helper.softmax is None, reason="unimega._softmax is not compiled")
+IMPLEMENTATIONS = ["reference", "cpu", pytest.param("cpp", marks=needs_extension)]
 
 
 def inputs(vocabulary: int, local: int) -> tuple[torch.Tensor, ...]:
@@ -86,13 +88,14 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize(("x_needs", "weight_needs", "products"), [(0, 0, 1), (1, 0, 2), (0, 1, 2), (1, 1, 3)])
 @pytest.mark.parametrize("gradients", [True, False], ids=["train", "no_grad"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_computes_only_the_gradients_that_are_needed(
-    x_needs: int, weight_needs: int, products: int, gradients: bool
+    impl: str, x_needs: int, weight_needs: int, products: int, gradients: bool
 ) -> None:
     x, weight, labels, token_weights = inputs(13, 7)
     x.requires_grad_(bool(x_needs))
     weight.requires_grad_(bool(weight_needs))
-    op = registry.resolve("linear_cross_entropy", device=CPU, impl="reference")
+    op = registry.resolve("linear_cross_entropy", device=CPU, impl=impl)
     with Products() as seen, torch.set_grad_enabled(gradients):
         loss, ce = op(x, weight, labels, token_weights, group=None, vocab_start=0, vocab_rows=13, chunk=4)
     assert seen.count == 3 * (products if gradients else 1)  # three chunks
@@ -108,10 +111,6 @@ def test_logits_are_never_whole() -> None:
         loss, _ = op(x, weight, labels, token_weights, group=None, vocab_start=0, vocab_rows=100, chunk=8)
         loss.backward()
     assert seen.largest == 800
-
-
-needs_extension = pytest.mark.skipif(helper.module is None, reason="unimega._data_index is not compiled")
-IMPLEMENTATIONS = ["reference", "cpu", pytest.param("cpp", marks=needs_extension)]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -143,27 +142,28 @@ def test_a_token_that_is_no_number_is_one(impl: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_passes_equal_those_in_torch(dtype: torch.dtype, threads: int) -> None:
-    """Far more logits than a thread is worth, columns that no vector and no thread divides."""
+    """Far more logits than a thread is worth, columns that no vector and no thread divides, labels at both ends."""
     rows, columns, before = 1500, 203, torch.get_num_threads()
     logits = (20 * noise(rows, columns)).to(dtype)
     logits[:, 5] = -torch.inf
     logits[7, 5] = 3.0
     labels = torch.arange(columns) * 37 % (2 * rows) - rows // 2
+    labels[:4] = torch.tensor((-1, 0, rows - 1, rows))
     lse, slope, hit = logits.float().logsumexp(0), noise(columns).abs().float(), noise(columns, seed=1).float()
-    made = []
+    top, total = torch.full((columns,), torch.finfo(torch.float32).min), torch.zeros(columns)
     torch.set_num_threads(threads)
     try:
-        eager, compiled = (cpu.statistics, cpu.gradient), (cpu.compiled_statistics, cpu.compiled_gradient)
-        for statistics, gradient in (eager, compiled):
-            top, total = torch.full((columns,), torch.finfo(torch.float32).min), torch.zeros(columns)
-            for low in (0, 400, 1100):
-                statistics(logits[low : {0: 400, 400: 1100, 1100: rows}[low]], top, total)
-            out = torch.empty_like(logits)
-            gradient(logits, out, labels, lse, slope, hit)
-            made.append((top, total, out))
+        for part in logits.split((400, 700, 400)):
+            cpu.compiled_statistics(part, top, total)
+        guarded, wide = (torch.full((rows + 2, columns), 7.0, dtype=t) for t in (dtype, torch.float32))
+        cpu.compiled_gradient(logits, guarded[1:-1], labels, lse, slope, hit)
+        cpu.compiled_gradient(logits.float(), wide[1:-1], labels, lse, slope, hit)
     finally:
         torch.set_num_threads(before)
-    (top, total, out), (own_top, own_total, own_out) = made
-    assert torch.equal(own_top, top)
-    torch.testing.assert_close(own_total, total, rtol=2e-6, atol=0)
-    torch.testing.assert_close(own_out.float(), out.float(), rtol=torch.finfo(dtype).eps * 8, atol=1e-30)
+    assert torch.equal(top, logits.float().amax(0))
+    torch.testing.assert_close(total.double(), (logits.double() - top).exp().sum(0), rtol=6e-7, atol=0)
+    assert torch.equal(guarded, wide.to(dtype)), "bf16 is fp32, rounded to the nearest"
+    assert bool((guarded[[0, -1]] == 7).all())
+    expected = torch.empty_like(wide[1:-1])
+    cpu.gradient(logits.float(), expected, labels, lse, slope, hit)
+    torch.testing.assert_close(wide[1:-1], expected, rtol=1e-6, atol=1e-30)

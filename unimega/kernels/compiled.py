@@ -1,25 +1,30 @@
-"""The extension of csrc/*.cpp, for the rows called ``cpp``; setup.py builds it where there is a compiler."""
+"""The extensions of csrc/*.cpp, for the rows called ``cpp``; setup.py builds them where there is a compiler."""
 
 import importlib
 from typing import Any
 
 import torch
 
-FUNCTIONS = ("expert_order", "topk", "softmax_statistics_bfloat16")
 
-
-def _load() -> Any:
+def _load(name: str, *functions: str) -> Any:
     try:
-        found = importlib.import_module("unimega._data_index")
+        found = importlib.import_module(name)
     except ImportError:
         return None
-    return found if all(hasattr(found, name) for name in FUNCTIONS) else None  # an older checkout may have left one
+    return found if all(hasattr(found, function) for function in functions) else None  # an older checkout may be there
 
 
-module = _load()
+module = _load("unimega._data_index", "expert_order", "topk")
 """Takes addresses of tensors on a CPU; None: it is not there."""
+softmax = _load("unimega._softmax")
+"""As ``module``, built apart with OpenMP."""
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why its functions cannot run."""
+    """Why the functions of ``module`` cannot run."""
     return None if module is not None else "unimega._data_index is not compiled"
+
+
+def why_no_softmax(device: torch.device) -> str | None:
+    """Why those of ``softmax`` cannot."""
+    return None if softmax is not None else "unimega._softmax is not compiled"

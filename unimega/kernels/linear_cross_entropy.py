@@ -11,14 +11,15 @@ from ``vocab_rows`` on are padding: no part in the softmax, zero gradient.
 labels: int [n], global ids below ``vocab_rows``. token_weights: float [n].
 group: None or a ProcessGroup over which the vocabulary is cut.
 chunk: rows at a time, the same on all ranks; None: so many that their logits take 96 MiB on a CPU and 1 GiB elsewhere,
-but at least 1024: each chunk reads and rewrites the whole fp32 weight gradient.
+but 1024 to 4096 of them: each chunk reads and rewrites the whole fp32 weight gradient.
 loss: scalar, the same on all ranks. ce: [n], detached. Both fp32 (fp64 for fp64).
 Gradients: of x, this rank's part, which the caller sums over ``group``; of weight. With p the softmax,
 ``dlogits = w (p (1 + 2 z lse) - onehot(label))``, ``dx = dlogits W``, ``dW = dlogits^T x``.
 
 GEMMs in the dtype of x with fp32 accumulation, logits and dlogits rounded to it; statistics in fp32; dW summed over
-chunks in fp32. The gradients are computed in forward, chunk by chunk, so that n x v logits never exist, and only those
-that are needed; saved for backward: dx [n, D] and dW [v, D] in fp32. Under ``no_grad`` neither is computed.
+chunks in fp32. The gradients are computed in forward, chunk by chunk, so that n x v logits never exist beyond one
+chunk, and only those that are needed; saved for backward: dx [n, D] and dW [v, D] in fp32. Under ``no_grad`` neither is
+computed.
 Operations: 2 n v D for the loss, 4 n v D for the gradients. Collectives: one all-gather of [3, rows] fp32 a chunk.
 """
 
@@ -35,7 +36,7 @@ from unimega.kernels import registry
 from unimega.kernels.precision import widen
 
 _LOGITS_BYTES, _LOGITS_BYTES_ON_CPU = 2**30, 96 * 2**20
-_FEWEST_ROWS = 1024
+_FEWEST_ROWS, _MOST_ROWS = 1024, 4096
 _SLICE_ELEMENTS = 2**21
 
 Statistics = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
@@ -103,7 +104,8 @@ def in_chunks(
     """The op, from what an implementation does with a chunk: cross-entropy [c] and lse [c], and its gradients."""
     if chunk is None:  # from sizes that are equal on all ranks, or they would enter different numbers of collectives
         total = _LOGITS_BYTES_ON_CPU if x.device.type == "cpu" else _LOGITS_BYTES
-        chunk = max(_FEWEST_ROWS, total // (weight.shape[0] * x.element_size()) // _FEWEST_ROWS * _FEWEST_ROWS)
+        rows = total // (weight.shape[0] * x.element_size()) // _FEWEST_ROWS * _FEWEST_ROWS
+        chunk = min(max(rows, _FEWEST_ROWS), _MOST_ROWS)
     needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     real = min(max(vocab_rows - vocab_start, 0), weight.shape[0])
     compute = compute if real else _padding_alone
@@ -135,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.empty(weight.shape, dtype=dtype, device=x.device) if needs[1] else None
         if dw is not None:
             dw[real if rows else 0 :].zero_()
-        token_weights = token_weights.to(dtype)
+        token_weights = token_weights.to(dtype).contiguous()  # passes take addresses
         loss = token_weights.new_zeros(())
         logits = x.new_empty(min(chunk, rows) * real)  # for all chunks: fresh pages cost a CPU a tenth of a GEMM
         for low in range(0, rows, chunk):
@@ -274,7 +276,7 @@ def combine(mine: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.
 registry.declare(
     "linear_cross_entropy",
     registry.triton("linear_cross_entropy:linear_cross_entropy"),
-    registry.Impl("cpp", f"{__name__}_cpu:compiled", frozenset({"cpu"}), helper.why_not),
+    registry.Impl("cpp", f"{__name__}_cpu:compiled", frozenset({"cpu"}), helper.why_no_softmax),
     registry.Impl("cpu", f"{__name__}_cpu:linear_cross_entropy", frozenset({"cpu"})),
     registry.Impl("reference", f"{__name__}:reference", registry.EVERYWHERE),
 )

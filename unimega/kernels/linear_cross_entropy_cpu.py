@@ -61,7 +61,7 @@ def compiled(
 
 def by_slices(statistics: Statistics, gradient: Gradient, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy and lse [c] of a chunk; its ``dx`` and ``dw`` are written."""
-    x, weight, labels, token_weights = chunk.x, chunk.weight, chunk.labels.long(), chunk.token_weights.contiguous()
+    x, weight, labels, token_weights = chunk.x, chunk.weight, chunk.labels.long(), chunk.token_weights
     c, real = len(x), len(weight)
     logits = chunk.logits.view(real, c)
     top = token_weights.new_full((c,), torch.finfo(token_weights.dtype).min)
@@ -114,13 +114,13 @@ _COMPILED = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 def compiled_statistics(logits: torch.Tensor, *columns: torch.Tensor) -> None:
     """``statistics`` of csrc/softmax.cpp."""
-    function = getattr(helper.module, f"softmax_statistics_{_COMPILED[logits.dtype]}")
+    function = getattr(helper.softmax, f"softmax_statistics_{_COMPILED[logits.dtype]}")
     function(logits.data_ptr(), *logits.shape, *(t.data_ptr() for t in columns), torch.get_num_threads())
 
 
 def compiled_gradient(logits: torch.Tensor, out: torch.Tensor, *columns: torch.Tensor) -> None:
     """``gradient`` of csrc/softmax.cpp."""
-    function = getattr(helper.module, f"softmax_gradient_{_COMPILED[logits.dtype]}")
+    function = getattr(helper.softmax, f"softmax_gradient_{_COMPILED[logits.dtype]}")
     addresses = (t.data_ptr() for t in columns)
     function(logits.data_ptr(), out.data_ptr(), *logits.shape, *addresses, torch.get_num_threads())
 
