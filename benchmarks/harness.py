@@ -173,7 +173,7 @@ def _able(job: Job, leaves: Tensors) -> tuple[dict[str, Function], dict[str, str
         except (RuntimeError, NotImplementedError, ImportError) as error:  # a peer's limits are a result of their own
             if not able:
                 raise
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             continue
         wanted = wanted or found
         apart = max(_difference(a, b) for a, b in zip(found, wanted, strict=True))
@@ -325,6 +325,8 @@ def main(
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
     parser.add_argument("--output", type=Path, default=None, help="also append the lines to this file")
     options = parser.parse_args(argv)
+    if options.output is not None and not options.output.parent.is_dir():
+        parser.error(f"--output {options.output}: there is no folder {options.output.parent}")
     device = backend.current()
     device.select()
     torch.set_num_threads(options.threads)
