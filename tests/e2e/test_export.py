@@ -182,6 +182,28 @@ def test_the_tokenizer_of_the_run(export_folder: Path, out: Path, tmp_path: Path
     assert not (tmp_path / "other").exists() and not (tmp_path / ".other.partial").exists()
 
 
+@pytest.mark.parametrize(("case", "drawn"), [("one modality", {"temperature": 0.6}), ("unix_x", {})])
+def test_generation_settings_come_back(out: Path, tmp_path: Path, case: str, drawn: dict[str, float]) -> None:
+    """All ends of text; how to draw for a stock model alone."""
+    from unimega.hf.export import export_checkpoint
+
+    folder = shutil.copytree(out / case, tmp_path / "hf")
+    (folder / "config.json").write_text(json.dumps(config_of(folder) | {"eos_token_id": 93}))
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    settings = {"eos_token_id": [7, 93], "temperature": 0.6, "do_sample": True, "transformers_version": "4.1"}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    oracle.import_folder(folder, tmp_path / "steps")
+    export_checkpoint(tmp_path / "steps", tmp_path / "again", tokenizer=tokenizer)
+    written = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    written.pop("bos_token_id", None)  # of config.json
+    assert written == {"eos_token_id": [7, 93], "pad_token_id": 94} | ({"do_sample": True} | drawn if drawn else {})
+    assert config_of(tmp_path / "again")["eos_token_id"] == 93
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json' holds a list, not an object"):
+        oracle.import_folder(folder, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_stock_models_know_what_is_never_drawn(out: Path) -> None:
     """Rows behind the codes; their config.json notes which ids are codes."""
     config = config_of(out / "dense, codes, qwen3")

@@ -14,7 +14,7 @@ from unimega.config.schema import ModelConfig
 from unimega.errors import CheckpointError
 from unimega.hf import start_weights
 from unimega.hf.fate import Fate
-from unimega.hf.folder import read_config
+from unimega.hf.folder import read_config, read_json
 from unimega.hf.fused import Tensors
 from unimega.hf.layout import Layout
 from unimega.hf.lora import whole_table
@@ -23,7 +23,7 @@ from unimega.hf.names import Row
 from unimega.hf.read import Source
 from unimega.hf.start import Start
 from unimega.hf.stored import Unmade, write_step
-from unimega.hf.target import CHECKPOINT, TOKENIZER_FOLDER, check_target, copy_tokenizer, put
+from unimega.hf.target import CHECKPOINT, GENERATION, TOKENIZER_FOLDER, check_target, copy_tokenizer, put
 from unimega.hf.weights import Weights
 
 MODEL_TABLE = "model.toml"
@@ -84,7 +84,7 @@ def import_folder(
         target,
         parts,
         partial=partial,
-        metadata=_metadata(what, read_config(folder)),
+        metadata=_metadata(what, read_config(folder), _generation(folder)),
         model=source.model,
         tokenizer=tokenizer,
         config=folder / "config.json",
@@ -219,7 +219,13 @@ def _watched(parts: Sequence[Part], progress: Progress) -> dict[str, Unmade]:
     }
 
 
-def _metadata(what: Source | Start, config: dict[str, Any]) -> dict[str, Any]:
+def _generation(folder: Path) -> dict[str, Any]:
+    """The folder's generation_config.json, which few models need."""
+    path = folder / GENERATION
+    return read_json(path) if path.exists() else {}
+
+
+def _metadata(what: Source | Start, config: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
     """What stays beside the weights: the model, as builders and as run files say it, and the way back to the folder."""
     source = what.source if isinstance(what, Start) else what
     if isinstance(what, Start) and what.vision_start is not None:
@@ -227,5 +233,10 @@ def _metadata(what: Source | Start, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "spec": source.spec.to_dict(),
         "model": asdict(source.model),
-        "source": {"layout": asdict(source.layout), "architecture": source.architecture, "config": config},
+        "source": {
+            "layout": asdict(source.layout),
+            "architecture": source.architecture,
+            "config": config,
+            "generation": generation,
+        },
     }

@@ -22,7 +22,7 @@ from unimega.hf.lora import Merged, whole_table
 from unimega.hf.names import Row, Table, table
 from unimega.hf.shard_file import ShardFile
 from unimega.hf.stored import StoredWeights
-from unimega.hf.target import EXPORT, MANIFEST, TOKENIZER_FOLDER, check_target, copy_tokenizer, put, sync
+from unimega.hf.target import EXPORT, GENERATION, MANIFEST, TOKENIZER_FOLDER, check_target, copy_tokenizer, put, sync
 from unimega.parallel import step_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -97,7 +97,7 @@ def export_checkpoint(
             _write_tokenizer(folder, partial, wanted)
         if wanted.needs_code:
             shutil.copyfile(Path(__file__).with_name(CODE_FILE), partial / CODE_FILE)
-        _write_json(partial / "generation_config.json", wanted.generation)
+        _write_json(partial / GENERATION, wanted.generation)
         _write_json(partial / "config.json", wanted.config)  # last: without it nothing loads the folder
         put(partial, target)
     except OSError as error:
@@ -249,7 +249,7 @@ def _write_tokenizer_config(folder: Path, wanted: Target) -> None:
     """
     added = json.loads((folder / "tokenizer.json").read_bytes()).get("added_tokens", [])
     contents = {token["id"]: token["content"] for token in added}
-    special = {name: contents.get(wanted.generation.get(f"{name}_id")) for name in ("eos_token", "pad_token")}
+    special = {name: contents.get(wanted.config.get(f"{name}_id")) for name in ("eos_token", "pad_token")}
     known = {name: content for name, content in special.items() if content is not None}
     plain = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     _write_json(folder / "tokenizer_config.json", plain | known)

@@ -38,6 +38,8 @@ _CARRIED = (
     "decoder_sparse_step",
 )
 """Fields of the imported config.json that come back; what the model says is written over them."""
+_NOT_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config")
+"""Of the imported generation_config.json."""
 _DEFAULT_POSITIONS = 32768
 Fields = dict[str, Any]
 
@@ -97,12 +99,13 @@ def describe(
         fields |= variant | _code_fields(spec)
     if model_type == UNI_X or len(spec.modalities) > 1:
         fields |= _modalities(spec, special, old)
-    generation = _special_ids(special, fields)
+    ids = _special_ids(special, fields)
+    generation = _generation(ids, source.get("generation") or {}, stock=model_type in STOCK)
     never = _never_sampled(spec)
     return Target(
         model_type=model_type,
         layout=layout,
-        config=fields | generation,
+        config=fields | ids,
         generation=generation | ({"suppress_tokens": never} if never and model_type in STOCK else {}),
     )
 
@@ -220,6 +223,17 @@ def _special_ids(special: SpecialIds | None, fields: Fields) -> Fields:
     """The run's tokenizer wins over the imported config.json: it is what eos means in the training data."""
     ids: Fields = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in fields}
     return ids | ({"eos_token_id": special.eos, "pad_token_id": special.pad} if special else {})
+
+
+def _generation(ids: Fields, old: Fields, *, stock: bool) -> Fields:
+    """What was imported comes back, with further ends of text than the one of config.json.
+
+    How to draw does so for stock models alone: a penalty of repetition, say, is not meant for pictures.
+    """
+    carried = {name: value for name, value in old.items() if name not in _NOT_CARRIED} if stock else {}
+    ends, end = old.get("eos_token_id"), ids.get("eos_token_id")
+    more = end is None or (isinstance(ends, list) and end in ends)
+    return carried | ids | ({"eos_token_id": ends} if ends is not None and more else {})
 
 
 def _never_sampled(spec: ModelSpec) -> list[int]:

@@ -10,6 +10,7 @@ from unimega.errors import CheckpointError
 
 MANIFEST = "unimega.json"
 """What says that a folder is an export of ours."""
+GENERATION = "generation_config.json"
 TOKENIZER_FOLDER = "tokenizer"
 """In a folder of steps that was imported: the tokenizer's files."""
 TOKENIZER_FILES = (
@@ -54,7 +55,7 @@ EXPORT = Kind(
     entries=(
         MANIFEST,
         "config.json",
-        "generation_config.json",
+        GENERATION,
         "model*.safetensors",
         "model.safetensors.index.json",
         "modeling_unix.py",
