@@ -100,7 +100,8 @@ def test_the_spread_names_the_slowest(caplog: pytest.LogCaptureFixture) -> None:
         one.add(seconds + 0.5)
     shared = [sum(column) for column in zip(*(one.share(0) for one in ranks), strict=True)]
     for step in (2, 3):
-        record = ranks[0].record(shared, step)
+        record, *others = (one.record(shared, step) for one in ranks)
+        assert others == [record, record]
     assert list(record.values())[1:] == [1.0, 1.25, 2.0, 2]
     assert caplog.messages == [
         "step 2  rank 2 takes 2.000 s of its own for a step, the median is 1.250 s: all ranks wait for it"

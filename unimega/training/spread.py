@@ -46,7 +46,8 @@ class Spread:
             times: tuple[Any, ...] = (None, None, None, None)
         else:
             times = (min(seconds), median, most, slowest)
-            self._tell(slowest, most, median, step)
+            if self._rank == 0:
+                self._tell(slowest, most, median, step)
         names = ("step_time_min", "step_time_median", "step_time_max", "step_time_slowest_rank")
         return {"memory_bytes": int(max(memory))} | dict(zip(names, times, strict=True))
 
