@@ -16,24 +16,25 @@ def extensions() -> list[Extension]:
     except ImportError:
         print("unimega: pybind11 is not installed, csrc/*.cpp is left out", file=sys.stderr)
         return []
-    flags = ["/std:c++17", "/O2"] if sys.platform == "win32" else ["-std=c++17", "-O3", "-fvisibility=hidden"]
-    fused = [] if sys.platform == "win32" else ["-ffp-contract=fast"]
+    windows = sys.platform == "win32"
+    flags = ["/std:c++17", "/O2"] if windows else ["-std=c++17", "-O3", "-fvisibility=hidden"]
+    fused = [] if windows else ["-ffp-contract=fast"]
     threads = ["-fopenmp"] if sys.platform == "linux" else []
-
-    def extension(name: str, *sources: str, compile_args: list[str], link_args: list[str]) -> Extension:
-        return Extension(
-            name,
-            sources=list(sources),
-            include_dirs=[pybind11.get_include()],
-            extra_compile_args=flags + compile_args,
-            extra_link_args=link_args,
-            language="c++",
-            optional=True,
-        )
-
+    common = {"include_dirs": [pybind11.get_include()], "language": "c++", "optional": True}
     return [
-        extension("unimega._data_index", "csrc/data_index.cpp", "csrc/routing.cpp", compile_args=[], link_args=[]),
-        extension("unimega._softmax", "csrc/softmax.cpp", compile_args=fused + threads, link_args=threads),
+        Extension(
+            "unimega._data_index",
+            sources=["csrc/data_index.cpp", "csrc/routing.cpp"],
+            extra_compile_args=flags,
+            **common,
+        ),
+        Extension(
+            "unimega._softmax",  # apart: a compiler without OpenMP loses this one alone
+            sources=["csrc/softmax.cpp"],
+            extra_compile_args=flags + fused + threads,
+            extra_link_args=threads,
+            **common,
+        ),
     ]
 
 

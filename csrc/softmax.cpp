@@ -22,7 +22,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr std::int64_t kColumns = 64;          // threads take multiples of them: no line of memory is two threads'
+constexpr std::int64_t kColumns = 64;            // threads take multiples of them: no line of memory is two threads'
 constexpr std::int64_t kWorthAThread = 1 << 16;  // logits
 constexpr std::int64_t kSummedAlone = 32;        // rows, before they join the long sum: it has fewer roundings
 
