@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
 from unimega import log
 from unimega.errors import UnimegaError, run_cli
@@ -15,7 +16,7 @@ from unimega.training.engine import StepResult
 from unimega.training.guard import Guard
 from unimega.training.signals import Signals, held
 from unimega.training.spread import Spread
-from unimega.training.watch import Beat, blame, place
+from unimega.training.watch import Beat, Watch, blame, place
 
 C10D = ("/x/torch/distributed/distributed_c10d.py", "all_reduce")
 RUN = ("/x/unimega/training/run.py", "_advance")
@@ -83,6 +84,24 @@ def test_the_silent_are_blamed_before_those_behind_and_those_elsewhere() -> None
     assert blame({}, {}, own=0).startswith("The store with the other ranks' whereabouts")
     many = {rank: waiting for rank in range(9)}
     assert blame(many, many, own=0).endswith("; and 4 more.")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 500ms for recv operation to complete", "waited"),
+        ("Application timeout caused pair closure", "waited"),  # the others that were pending then
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4321", "lost the connection"),
+        ("CUDA out of memory", ""),
+    ],
+)
+def test_errors_of_collectives_are_explained(text: str, words: str) -> None:
+    watch = Watch(dist.HashStore(), rank=0, world=2, timeout=0.5, tells=False)
+    try:
+        told = watch.explain(RuntimeError(text))
+    finally:
+        watch.close()
+    assert str(told).startswith(f"rank 0 {words}") if words else told is None
 
 
 def test_the_spread_names_the_slowest(caplog: pytest.LogCaptureFixture) -> None:

@@ -22,8 +22,11 @@ INTERVAL = 5.0
 """Seconds between two beats at most; a thousand ranks are 200 short messages a second to the store."""
 SHOWN = 4
 COMPUTE = "forward or backward"
-LOST = ("gloo", "nccl", "hccl", "timed out", "connection")
-"""What the text of an error of a collective holds: most are plain RuntimeErrors."""
+LOST = ("gloo", "nccl", "hccl", "timed out", "connection", "pair closure")
+"""What the text of an error of a collective holds: most are plain RuntimeErrors.
+
+Of several that wait for one rank, gloo says "Timed out" in one, "Application timeout caused pair closure" in the others.
+"""
 PLACES = (
     ("megatron/core/pipeline_parallel/p2p_communication", "", "a transfer between pipeline stages"),
     ("megatron/core/distributed/param_and_grad_buffer", "grad", "the reduction of gradients"),
