@@ -25,7 +25,7 @@ COMPUTE = "forward or backward"
 LOST = ("gloo", "nccl", "hccl", "timed out", "connection", "pair closure")
 """What the text of an error of a collective holds: most are plain RuntimeErrors.
 
-Of several that wait for one rank, gloo says "Timed out" in one, "Application timeout caused pair closure" in the others.
+Where several wait for a rank, gloo says "Timed out" in one, "Application timeout caused pair closure" in the others.
 """
 PLACES = (
     ("megatron/core/pipeline_parallel/p2p_communication", "", "a transfer between pipeline stages"),
